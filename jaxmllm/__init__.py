@@ -1,0 +1,62 @@
+"""jaxmllm: multimodal LLMs in JAX/Flax for interpretability.
+
+Names are imported on first use, so that ``import jaxmllm`` is quick and starts no backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxmllm.analysis.masking import SweepResult, sweep
+    from jaxmllm.errors import CheckpointError, ConfigError, InputError, JaxmllmError, ProcessorError
+    from jaxmllm.model import Model, load
+    from jaxmllm.models.capture import Capture
+    from jaxmllm.models.edits import Edits
+    from jaxmllm.models.forward import Output
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Capture": "jaxmllm.models.capture",
+    "CheckpointError": "jaxmllm.errors",
+    "ConfigError": "jaxmllm.errors",
+    "Edits": "jaxmllm.models.edits",
+    "InputError": "jaxmllm.errors",
+    "JaxmllmError": "jaxmllm.errors",
+    "Model": "jaxmllm.model",
+    "Output": "jaxmllm.models.forward",
+    "ProcessorError": "jaxmllm.errors",
+    "SweepResult": "jaxmllm.analysis.masking",
+    "load": "jaxmllm.model",
+    "sweep": "jaxmllm.analysis.masking",
+}
+
+__all__ = [
+    "Capture",
+    "CheckpointError",
+    "ConfigError",
+    "Edits",
+    "InputError",
+    "JaxmllmError",
+    "Model",
+    "Output",
+    "ProcessorError",
+    "SweepResult",
+    "load",
+    "sweep",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from the module that holds it; ``sweep`` the function, not the module, and so on."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxmllm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

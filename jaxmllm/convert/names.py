@@ -1,0 +1,189 @@
+"""Tables of tensor names, one a family: which tensor of a checkpoint fills which leaf of the params pytree.
+
+A table is data. Each entry gives the tensor's canonical name (the one that files on the hub carry), the leaf it fills,
+and a named transform; ``{layer}`` in a name stands for a number and stacks the tensors along the leaf's leading axis.
+Other spellings of the same names are rewritten to the canonical one first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxmllm.models.config import DecoderConfig
+from jaxmllm.models.llava import LlavaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How a PyTorch tensor becomes a leaf, and back. Both are views where they can be.
+
+    Attributes:
+      forward: torch layout -> ours.
+      backward: ours -> torch layout; takes the torch shape.
+    """
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    backward: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+def _keep(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _transpose(array: np.ndarray) -> np.ndarray:
+    return array.T
+
+
+def _patch_kernel(array: np.ndarray) -> np.ndarray:
+    """Convolution over patches ``[out, channels, y, x]`` -> matrix ``[(y, x, channels), out]``."""
+    return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+
+
+def _patch_kernel_back(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    out, channels, height, width = shape
+    return array.reshape(height, width, channels, out).transpose(3, 2, 0, 1)
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "keep": Transform(_keep, lambda array, shape: array.reshape(shape)),
+    "linear": Transform(_transpose, lambda array, shape: array.T),
+    "patches": Transform(_patch_kernel, _patch_kernel_back),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a table: canonical tensor name, leaf (path joined by ``/``), transform."""
+
+    name: str
+    leaf: str
+    transform: str = "keep"
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.name).replace(r"\{layer\}", r"(?P<layer>\d+)") + r"\Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class NameTable:
+    """All that is known of a family's tensor names.
+
+    Attributes:
+      spellings: rewrites ``(pattern, replacement)``, applied in order, that lead to the canonical name.
+      entries: what fills what.
+      ignored: patterns of canonical names that may be in a file and are not read, each with the reason.
+      torch_shapes: the torch shape of tensors that a transform cannot infer when writing.
+    """
+
+    spellings: tuple[tuple[str, str], ...]
+    entries: tuple[Entry, ...]
+    ignored: tuple[tuple[str, str], ...]
+    torch_shapes: dict[str, tuple[int, ...]]
+
+    def canonical(self, name: str) -> str:
+        for pattern, replacement in self.spellings:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+# Buffers that old versions of transformers wrote into files; they are recomputed from the config.
+BUFFERS = (
+    (r".*rotary_emb\.inv_freq\Z", "rotary frequencies follow from the config"),
+    (r"(.*\.)?position_ids\Z", "a range, not a weight"),
+)
+
+
+def linear(name: str, leaf: str, bias: bool) -> tuple[Entry, ...]:
+    """The entries of a ``torch.nn.Linear``."""
+    kernel = Entry(f"{name}.weight", f"{leaf}/kernel", "linear")
+    return (kernel, Entry(f"{name}.bias", f"{leaf}/bias")) if bias else (kernel,)
+
+
+def layer_norm(name: str, leaf: str) -> tuple[Entry, ...]:
+    """The entries of a ``torch.nn.LayerNorm``."""
+    return (Entry(f"{name}.weight", f"{leaf}/scale"), Entry(f"{name}.bias", f"{leaf}/bias"))
+
+
+def llama_entries(config: DecoderConfig, prefix: str, head: str) -> tuple[Entry, ...]:
+    """Names of a LLaMA decoder: ``prefix`` leads to its layers, ``head`` names the output matrix."""
+    layer, leaf = f"{prefix}layers.{{layer}}.", "decoder/layers/"
+    entries = (
+        Entry(f"{prefix}embed_tokens.weight", "decoder/embed/embedding"),
+        Entry(f"{layer}input_layernorm.weight", f"{leaf}attention_norm/scale"),
+        *linear(f"{layer}self_attn.q_proj", f"{leaf}attention/query", config.qkv_bias),
+        *linear(f"{layer}self_attn.k_proj", f"{leaf}attention/key", config.qkv_bias),
+        *linear(f"{layer}self_attn.v_proj", f"{leaf}attention/value", config.qkv_bias),
+        *linear(f"{layer}self_attn.o_proj", f"{leaf}attention/out", config.out_bias),
+        Entry(f"{layer}post_attention_layernorm.weight", f"{leaf}mlp_norm/scale"),
+        *linear(f"{layer}mlp.gate_proj", f"{leaf}mlp/gate", config.mlp_bias),
+        *linear(f"{layer}mlp.up_proj", f"{leaf}mlp/up", config.mlp_bias),
+        *linear(f"{layer}mlp.down_proj", f"{leaf}mlp/down", config.mlp_bias),
+        Entry(f"{prefix}norm.weight", "decoder/norm/scale"),
+    )
+    return entries if config.tie_word_embeddings else (*entries, *linear(head, "decoder/head", False))
+
+
+def clip_vision_entries(prefix: str) -> tuple[Entry, ...]:
+    """Names of a CLIP vision tower (``pre_layrnorm`` is spelled so in the files)."""
+    layer, leaf = f"{prefix}encoder.layers.{{layer}}.", "vision/layers/"
+    return (
+        Entry(f"{prefix}embeddings.class_embedding", "vision/class_embed"),
+        Entry(f"{prefix}embeddings.patch_embedding.weight", "vision/patch_embed/kernel", "patches"),
+        Entry(f"{prefix}embeddings.position_embedding.weight", "vision/position_embed"),
+        *layer_norm(f"{prefix}pre_layrnorm", "vision/pre_norm"),
+        *layer_norm(f"{layer}layer_norm1", f"{leaf}attention_norm"),
+        *linear(f"{layer}self_attn.q_proj", f"{leaf}attention/query", True),
+        *linear(f"{layer}self_attn.k_proj", f"{leaf}attention/key", True),
+        *linear(f"{layer}self_attn.v_proj", f"{leaf}attention/value", True),
+        *linear(f"{layer}self_attn.out_proj", f"{leaf}attention/out", True),
+        *layer_norm(f"{layer}layer_norm2", f"{leaf}mlp_norm"),
+        *linear(f"{layer}mlp.fc1", f"{leaf}mlp/up", True),
+        *linear(f"{layer}mlp.fc2", f"{leaf}mlp/down", True),
+    )
+
+
+def llava_names(config: LlavaConfig) -> NameTable:
+    """LLaVA-1.5: names of the hub's files; of transformers 5 in memory; of its ``save_pretrained``."""
+    vision = "vision_tower.vision_model."
+    unused = "|".join(str(layer) for layer in range(config.vision_depth, config.vision.num_layers))
+    ignored = [*BUFFERS, (r"vision_tower\.vision_model\.post_layernorm\..*", "comes after the layer that is read")]
+    if unused:
+        ignored.append(
+            (rf"vision_tower\.vision_model\.encoder\.layers\.({unused})\..*", "comes after the layer that is read")
+        )
+    if config.text.tie_word_embeddings:
+        ignored.append((r"language_model\.lm_head\.weight\Z", "tied to the token embedding"))
+    patch = config.vision.patch_size
+    return NameTable(
+        spellings=(
+            (r"^model\.language_model\.", "language_model.model."),
+            (r"^lm_head\.", "language_model.lm_head."),
+            (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+            (r"^vision_tower\.(?!vision_model\.)", vision),
+        ),
+        entries=(
+            *clip_vision_entries(vision),
+            *linear("multi_modal_projector.linear_1", "projector/up", config.projector_bias),
+            *linear("multi_modal_projector.linear_2", "projector/down", config.projector_bias),
+            *llama_entries(config.text, "language_model.model.", "language_model.lm_head"),
+        ),
+        ignored=tuple(ignored),
+        torch_shapes={
+            f"{vision}embeddings.patch_embedding.weight": (
+                config.vision.hidden_size,
+                config.vision.num_channels,
+                patch,
+                patch,
+            )
+        },
+    )
+
+
+NAME_TABLES: dict[str, Callable[[Any], NameTable]] = {
+    "llava": llava_names,
+}

@@ -1,0 +1,1 @@
+"""Data: procedurally generated scenes, the questions asked of them, and their files."""

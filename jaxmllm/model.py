@@ -1,0 +1,219 @@
+"""A loaded multimodal LLM: params, the pure functions over them, and its processor."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxmllm import processing
+from jaxmllm.convert import checkpoint, store
+from jaxmllm.convert.names import NAME_TABLES
+from jaxmllm.errors import CheckpointError, InputError
+from jaxmllm.models import forward as pure
+from jaxmllm.models.capture import Capture
+from jaxmllm.models.edits import Edits
+from jaxmllm.models.inputs import Inputs, as_inputs
+from jaxmllm.models.layers import Builder
+from jaxmllm.models.registry import family_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A multimodal LLM.
+
+    Attributes:
+      config: the family's frozen config.
+      graphdef: static structure of the family's NNX module.
+      params: nested dict of arrays; the first argument of ``forward``, so that it can be traced, cast or placed.
+      folder: where the checkpoint came from; holds the processor files.
+    """
+
+    config: Any
+    graphdef: nnx.GraphDef
+    params: pure.Params
+    folder: Path
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, L."""
+        return self.config.text.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of a decoder layer, H."""
+        return self.config.text.num_heads
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The checkpoint's Hugging Face processor, read on first use.
+
+        Raises:
+          ProcessorError: naming the files that are missing.
+        """
+        return processing.load_processor(self.folder, self.config)
+
+    def prepare(
+        self,
+        images: Sequence[processing.ImageLike | Sequence[processing.ImageLike]],
+        questions: Sequence[str],
+        padding_side: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Model inputs for images and questions; see ``jaxmllm.processing.prepare``."""
+        return processing.prepare(self.processor, images, questions, padding_side)
+
+    def as_inputs(self, inputs: Mapping[str, Any] | Inputs) -> Inputs:
+        """Checks a processor's arrays; see ``jaxmllm.models.inputs.as_inputs``."""
+        if isinstance(inputs, Inputs):
+            return inputs
+        vision = self.config.vision
+        return as_inputs(
+            inputs,
+            image_token_id=self.config.image_token_id,
+            tokens_per_image=self.config.tokens_per_image,
+            pixel_shape=(vision.num_channels, vision.image_size, vision.image_size),
+            vocab_size=self.config.text.vocab_size,
+        )
+
+    def forward(
+        self,
+        params: pure.Params,
+        inputs: Mapping[str, Any] | Inputs,
+        *,
+        edits: Edits | None = None,
+        capture: Capture | None = None,
+        logits_at: pure.LogitsAt = "all",
+    ) -> pure.Output:
+        """One forward pass: a pure function, to be called as it is or under ``jit``, ``vmap`` and ``grad``.
+
+        Args:
+          params: ``model.params``, or a pytree like it.
+          inputs: what ``prepare`` or a Hugging Face processor returns: ``input_ids`` and ``attention_mask`` ``[B, S]``
+            (padding on either side), ``pixel_values`` ``[I, C, Y, X]``, optionally ``position_ids``.
+          edits: interventions, from ``jaxmllm.analysis``; ``None`` runs the clean model.
+          capture: what to keep on the way; see ``Capture``.
+          logits_at: positions of the logits: ``all``, the ``last`` prompt token, the ``answer`` positions, or indices
+            ``[B, R]``.
+
+        Returns:
+          ``Output(logits, captured)``; logits are float32 ``[B, R, V]``.
+
+        Raises:
+          InputError: arrays, layers or rows that do not fit the model.
+        """
+        checked = self.as_inputs(inputs)
+        if edits is not None:
+            edits.check(self.num_layers)
+        capture = capture or Capture()
+        if isinstance(logits_at, str):
+            if logits_at not in ("all", "last", "answer"):
+                raise InputError(
+                    f"logits_at is {logits_at!r}; expected 'all', 'last', 'answer' or positions of shape (batch, rows)"
+                )
+            return pure.forward_named(self.graphdef, params, checked, edits, capture, logits_at)
+        return pure.forward_at(self.graphdef, params, checked, edits, capture, jnp.asarray(logits_at))
+
+    def encode_images(
+        self, params: pure.Params, pixel_values: Float[Array | np.ndarray, "I C Y X"]
+    ) -> Float[Array, "I N D"]:
+        """Image tokens as the decoder receives them: vision tower and connector."""
+        return pure.encode_images(self.graphdef, params, jnp.asarray(pixel_values))
+
+
+def load(path: str | Path, dtype: str = "float32", param_dtype: str | None = None) -> Model:
+    """Loads a multimodal LLM.
+
+    Args:
+      path: a Hugging Face checkpoint folder, an Orbax store written by ``jaxmllm convert``, or a name on the hub
+        (``org/name``).
+      dtype: what the model computes in: ``float32``, ``bfloat16`` or ``float16``. Norms' statistics, softmax, rotary
+        angles and logits are float32 in any case.
+      param_dtype: what the weights are kept in; by default ``dtype``.
+
+    Raises:
+      ConfigError: a config that is missing or asks for what is not implemented.
+      CheckpointError: weights that are missing, broken, left over or misshaped, all listed.
+    """
+    for name in (dtype, param_dtype or dtype):
+        if name not in DTYPES:
+            raise InputError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}")
+    folder = find_checkpoint(path)
+    fields = checkpoint.read_json(folder / "config.json")
+    family = family_of(fields)
+    config = family.read_config(fields)
+    graphdef, skeleton = make_skeleton(family.module, config, dtype, param_dtype or dtype)
+    if store.is_store(folder):
+        params = store.read_store(folder, skeleton)
+    else:
+        params = checkpoint.read_params(folder, NAME_TABLES[fields["model_type"]](config), skeleton)
+    return Model(config, graphdef, params, folder)
+
+
+def make_skeleton(
+    module: Callable[[Any, Builder], nnx.Module], config: Any, dtype: str, param_dtype: str
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """A family's structure and the shapes of its params, without memory or arithmetic."""
+
+    def build() -> nnx.Module:
+        return module(config, Builder(jnp.dtype(dtype), jnp.dtype(param_dtype), nnx.Rngs(0)))
+
+    return pure.split(nnx.eval_shape(build))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The local folder of a checkpoint; a name on the hub is fetched through huggingface_hub's cache.
+
+    Raises:
+      CheckpointError: no such folder, or the hub cannot be reached.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    name = str(path)
+    looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if folder.exists() or not looks_like_hub:
+        raise CheckpointError(
+            f"{path}: not a folder; expected a checkpoint folder, an Orbax store, or org/name on the hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *store.PROCESSOR_FILES]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client and its transport raise many kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: no such folder here, and it cannot be fetched from the hub ({first}). "
+            "Check the name and the connection, or give the path of a downloaded folder."
+        ) from error
+
+
+def convert_checkpoint(source: str | Path, destination: str | Path, param_dtype: str | None = None) -> None:
+    """Writes a checkpoint as an Orbax store with its config and processor files; ``load`` reads that too.
+
+    Args:
+      source: a Hugging Face folder or a name on the hub.
+      destination: a folder that does not exist yet; it appears whole or not at all.
+      param_dtype: dtype of the stored weights; by default the one that ``config.json`` names, else float32.
+
+    Raises:
+      JaxmllmError: as ``load`` does; or the destination exists or cannot be written.
+    """
+    folder = find_checkpoint(source)
+    if Path(destination).exists():
+        raise InputError(f"{destination} exists already; name a new folder or remove it")
+    if param_dtype is None:
+        fields = checkpoint.read_json(folder / "config.json")
+        named = fields.get("dtype") or fields.get("torch_dtype")
+        param_dtype = named if named in DTYPES else "float32"
+    model = load(folder, dtype="float32", param_dtype=param_dtype)
+    store.write_store(folder, Path(destination), model.params)

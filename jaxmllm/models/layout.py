@@ -1,0 +1,123 @@
+"""Which sequence position plays which part: image token, prefix, question, padding, last prompt token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmllm.errors import InputError
+from jaxmllm.models.layers import Leaf
+
+Role = Literal["image", "text", "prefix", "question", "last", "all"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The parts of every sequence of a batch.
+
+    Attributes:
+      image ``[B, S]``: positions that hold image features.
+      valid ``[B, S]``: positions that are not padding.
+      positions ``[B, S]``: rotary position of every token; padding does not count.
+      may_attend ``[B, S, S]``: whether query position s may attend to key position t.
+      answer_positions ``[B, A]``: positions that predict the tokens of an answer that follows the prompt, if one does.
+      max_image_tokens: the largest number of image tokens in a sequence, or an upper bound of it.
+    """
+
+    image: Leaf
+    valid: Leaf
+    positions: Leaf
+    may_attend: Leaf
+    answer_positions: Leaf | None
+    max_image_tokens: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def last(self) -> Int[Array, " B"]:
+        """Index of the last prompt token, the one that predicts the answer: by default the last that is no padding."""
+        if self.answer_positions is not None:
+            return self.answer_positions[:, 0]
+        length = self.valid.shape[-1]
+        return length - 1 - jnp.argmax(self.valid[:, ::-1], axis=-1)
+
+    def role(self, name: Role) -> Bool[Array, "B S"]:
+        """The positions that play a part.
+
+        ``image``: image tokens; ``text``: all other tokens; ``prefix``: text before the first image token;
+        ``question``: text after the first image token, the answer included (what can see the image); ``last``: the
+        last prompt token; ``all``: every token. Padding plays none.
+
+        Raises:
+          InputError: an unknown name.
+        """
+        seen_image = jnp.cumsum(self.image, axis=-1) > 0
+        text = self.valid & ~self.image
+        match name:
+            case "image":
+                return self.image
+            case "text":
+                return text
+            case "prefix":
+                return text & ~seen_image
+            case "question":
+                return text & seen_image
+            case "last":
+                return jnp.arange(self.valid.shape[-1]) == self.last[:, None]
+            case "all":
+                return self.valid
+        raise InputError(f"unknown role {name!r}; expected one of {', '.join(ROLES)}")
+
+    def image_index(self) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
+        """Sequence index of each image token in order, and which of the N slots are filled."""
+        order = jnp.argsort(~self.image, axis=-1, stable=True)[:, : self.max_image_tokens]
+        return order, jnp.take_along_axis(self.image, order, axis=-1)
+
+
+def make_layout(
+    input_ids: Int[Array, "B S"],
+    attention_mask: Array,
+    image_token_id: int,
+    position_ids: Int[Array, "B S"] | None,
+    answer_positions: Int[Array, "B A"] | None,
+    max_image_tokens: int,
+) -> Layout:
+    """Builds the layout of a causal sequence.
+
+    Args:
+      input_ids: token ids, image tokens expanded to one placeholder a feature.
+      attention_mask: ``[B, S]`` with 0 at padding (either side), or ``[B, 1, S, S]`` saying which query may attend to
+        which key: boolean, or additive floats where anything below zero blocks, as transformers takes it.
+      image_token_id: the placeholder's id.
+      position_ids: rotary positions; by default tokens are counted, padding excepted.
+      answer_positions: see ``Inputs``.
+      max_image_tokens: static bound on the number of image tokens in a sequence.
+    """
+    length = input_ids.shape[-1]
+    if attention_mask.ndim == 4:
+        mask = attention_mask[:, 0]
+        may_attend = mask if mask.dtype == jnp.bool_ else mask >= 0
+        valid = jnp.any(may_attend, axis=-1)
+    else:
+        valid = attention_mask.astype(bool)
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        may_attend = causal & valid[:, None, :]
+    if position_ids is None:
+        position_ids = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
+    return Layout(
+        image=(input_ids == image_token_id) & valid,
+        valid=valid,
+        positions=position_ids,
+        may_attend=may_attend,
+        answer_positions=answer_positions,
+        max_image_tokens=max_image_tokens,
+    )
+
+
+def gather_rows(values: Float[Array, "B S *rest"], rows: Int[Array, "B R"]) -> Float[Array, "B R *rest"]:
+    """Picks R sequence positions of every example."""
+    return jax.vmap(lambda value, row: value[row])(values, rows)

@@ -1,0 +1,27 @@
+"""Shapes in signatures are checked at run time in every test; parity needs full float32 products on any backend."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("jaxmllm", "beartype.beartype")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+from tests.support import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session", params=sorted(tiny.VARIANTS))
+def pair(request, tmp_path_factory):
+    """Each tiny model: PyTorch's, and ours loaded from the folder it saved."""
+    return tiny.make_pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def plain_pair(tmp_path_factory):
+    """One tiny model, for tests that do not depend on the variant."""
+    return tiny.make_pair("grouped_queries", tmp_path_factory.mktemp("plain"))
