@@ -1,0 +1,150 @@
+"""Results as tidy tables: the same numbers for Parquet, for the console and for TensorBoard's text page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from jaxmllm.analysis.study import Curves, PointingTable, Study, curves_of
+
+ALL = "all"
+
+
+def tidy_rows(study: Study, pointing: PointingTable | None) -> list[dict[str, Any]]:
+    """One row a number: ``metric, curve, category, layer, value, questions``; layer -1 is the whole model."""
+    rows: list[dict[str, Any]] = []
+
+    def add(metric: str, curve: str, category: str, layer: int, value: float, questions: int) -> None:
+        rows.append(
+            {"metric": metric, "curve": curve, "category": category, "layer": layer, "value": float(value),
+             "questions": questions}
+        )  # fmt: skip
+
+    for category in [None, *study.categories]:
+        name = category or ALL
+        curves = curves_of(study, category)
+        count = curves.questions
+        add("accuracy", "clean", name, -1, curves.clean_accuracy, count)
+        add("log_probability", "clean", name, -1, curves.clean_log_probability, count)
+        for curve in curves.accuracy:
+            for layer in range(study.num_layers):
+                add("accuracy", curve, name, layer, curves.accuracy[curve][layer], count)
+                add("log_probability", curve, name, layer, curves.log_probability[curve][layer], count)
+        for layer, value in enumerate(curves.hellinger):
+            add("hellinger", "attention", name, layer, value, count)
+    if pointing:
+        for layer, scores in enumerate(pointing.by_layer):
+            add("pointing_hits", "attention", ALL, layer, scores.hits, pointing.questions)
+            add("pointing_mass", "attention", ALL, layer, scores.mass, pointing.questions)
+        for name, scores in pointing.maps.items():
+            add("pointing_hits", name, ALL, -1, scores.hits, pointing.questions)
+            add("pointing_mass", name, ALL, -1, scores.mass, pointing.questions)
+        add("pointing_hits", "chance by area", ALL, -1, pointing.area_chance, pointing.questions)
+        add("pointing_hits", "chance by object", ALL, -1, pointing.object_chance, pointing.questions)
+    return rows
+
+
+def question_rows(study: Study) -> list[dict[str, Any]]:
+    """One row a question, curve and layer: log-probability, correctness and rank of the reference answer."""
+    rows = []
+    scores = {"clean": study.clean, "early": study.early, **study.edited}
+    for number, question in enumerate(study.questions):
+        for curve, score in scores.items():
+            values = (np.atleast_2d(leaf)[:, number] for leaf in (score.log_probability, score.correct, score.rank))
+            for layer, (log_probability, correct, rank) in enumerate(zip(*values, strict=True)):
+                rows.append(
+                    {
+                        "question_id": question.question_id,
+                        "category": question.category,
+                        "curve": curve,
+                        "layer": -1 if curve == "clean" else layer,
+                        "log_probability": float(log_probability),
+                        "correct": bool(correct),
+                        "rank": int(rank),
+                    }
+                )
+    return rows
+
+
+def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes rows as one Parquet table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def percent(value: float) -> str:
+    """A share as percent with one decimal."""
+    return f"{100 * value:.1f}"
+
+
+def accuracy_table(study: Study, curves: Curves, pointing: PointingTable | None) -> list[list[str]]:
+    """The main table, header first: one row a layer; accuracies and pointing hits in percent."""
+    rows = [["layer", *curves.accuracy, "Hellinger", *(["pointing"] if pointing else []), "named"]]
+    for layer in range(study.num_layers):
+        row = [str(layer), *[percent(values[layer]) for values in curves.accuracy.values()]]
+        row += [f"{curves.hellinger[layer]:.3f}"]
+        row += [percent(pointing.by_layer[layer].hits)] if pointing else []
+        rows.append([*row, layer_label(curves, layer)])
+    clean = [percent(curves.clean_accuracy)] * len(curves.accuracy)
+    rows.append(["clean", *clean, *[""] * (len(rows[0]) - len(clean) - 1)])
+    return rows
+
+
+def log_probability_table(study: Study, curves: Curves) -> list[list[str]]:
+    """Mean log-probability of the reference answer, header first: one row a layer."""
+    rows = [["layer", *curves.log_probability]]
+    for layer in range(study.num_layers):
+        rows.append([str(layer), *[f"{values[layer]:.2f}" for values in curves.log_probability.values()]])
+    return [*rows, ["clean", *[f"{curves.clean_log_probability:.2f}"] * len(curves.log_probability)]]
+
+
+def layer_label(curves: Curves, layer: int) -> str:
+    """What the rules of ``jaxmllm.analysis.fusion`` call a layer."""
+    labels = ["fusion"] if layer in (curves.fusion or []) else []
+    return ", ".join(labels + (["review"] if layer == curves.review else []))
+
+
+def category_table(study: Study, curve: str) -> list[list[str]]:
+    """Accuracy in percent under one curve by kind of question, header first, with each kind's fusion layers."""
+    header = ["questions of", "n", *[str(layer) for layer in range(study.num_layers)], "clean", "fusion layers"]
+    rows = [header]
+    for category in [*study.categories, None]:
+        curves = curves_of(study, category)
+        fusion = ", ".join(map(str, curves.fusion or [])) or "-"
+        values = [f"{100 * value:.0f}" for value in (*curves.accuracy[curve], curves.clean_accuracy)]
+        rows.append([category or ALL, str(curves.questions), *values, fusion])
+    return rows
+
+
+def pointing_rows(pointing: PointingTable) -> list[list[str]]:
+    """The pointing game, header first, best mass last to first."""
+    rows = [["map", "hit %", "mass on evidence %"]]
+    ordered = sorted(pointing.maps.items(), key=lambda item: -item[1].mass)
+    for name, scores in ordered:
+        label = f"{name} (layer {pointing.single_layer})" if name == "best single layer" else name
+        rows.append([label, percent(scores.hits), percent(scores.mass)])
+    rows.append(["chance: random object", percent(pointing.object_chance), ""])
+    rows.append(["chance: random pixel", percent(pointing.area_chance), percent(pointing.area_chance)])
+    return rows
+
+
+def rich_table(rows: list[list[str]], title: str) -> Table:
+    """Rows, header first, for the console."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if column == 0 else "right", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows, header first, as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -1,0 +1,130 @@
+"""Results in TensorBoard: a chart is a tag, a curve is a run, a step is a layer.
+
+Related curves are written as runs of their own that share a tag, because TensorBoard draws runs of one tag into one
+chart. So ``accuracy`` holds erase, blind, knockout and early output side by side, ``erase accuracy by kind`` holds the
+kinds of questions, and the image slider walks through the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+
+from jaxmllm.analysis.attention import contrastive_attention, image_distribution
+from jaxmllm.analysis.study import Curves, PointingTable, Study, curves_of
+from jaxmllm.processing import open_image
+from jaxmllm.report import tables
+from jaxmllm.report.figures import overlay, summary_figure
+
+
+def write_study(
+    logdir: Path,
+    study: Study,
+    curves: Curves,
+    pointing: PointingTable | None,
+    settings: dict[str, Any],
+    examples: int = 8,
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes a study.
+
+    Args:
+      logdir: an existing folder.
+      study: per-question results.
+      curves: its overall curves.
+      pointing: its pointing game, if it has evidence boxes.
+      settings: what the hparams page shows (text, numbers, truth values).
+      examples: questions whose attention is drawn, spread over the kinds.
+      on_progress: called after each example.
+    """
+    for name in curves.accuracy:
+        with SummaryWriter(str(logdir / name.replace(":", " "))) as writer:
+            _add_curve(writer, "fusion/accuracy", curves.accuracy[name])
+            _add_curve(writer, "fusion/log-probability of the answer", curves.log_probability[name])
+    with SummaryWriter(str(logdir / "clean")) as writer:
+        # a level line in both charts, to read drops against
+        _add_curve(writer, "fusion/accuracy", np.full(study.num_layers, curves.clean_accuracy))
+        _add_curve(
+            writer, "fusion/log-probability of the answer", np.full(study.num_layers, curves.clean_log_probability)
+        )
+    for category in study.categories:
+        of_kind = curves_of(study, category)
+        with SummaryWriter(str(logdir / f"kind {category}")) as writer:
+            for name, values in of_kind.accuracy.items():
+                _add_curve(writer, f"accuracy by kind/{name.replace(':', ' ')}", values)
+            _add_curve(writer, "attention by kind/Hellinger distance to the last layer", of_kind.hellinger)
+    with SummaryWriter(str(logdir / "summary")) as writer:
+        _add_curve(writer, "attention/Hellinger distance to the last layer", curves.hellinger)
+        if pointing:
+            _add_curve(writer, "attention/pointing hits", np.array([scores.hits for scores in pointing.by_layer]))
+            _add_curve(writer, "attention/mass on evidence", np.array([scores.mass for scores in pointing.by_layer]))
+        writer.add_figure("summary", summary_figure(study, curves, pointing))
+        for title, rows in _tables(study, curves, pointing).items():
+            writer.add_text(title, tables.markdown(rows))
+        for row in pick_examples(study, examples):
+            _add_example(writer, study, row)
+            on_progress()
+        metrics = {"hparam/clean_accuracy": curves.clean_accuracy}
+        if pointing:
+            best = max(pointing.maps.values(), key=lambda scores: scores.hits)
+            metrics["hparam/best_pointing_hits"] = best.hits
+        writer.add_hparams(settings, metrics, name="hparams")
+
+
+def _add_curve(writer: SummaryWriter, tag: str, values: np.ndarray) -> None:
+    for layer, value in enumerate(values):
+        writer.add_scalar(tag, float(value), layer)
+
+
+def _tables(study: Study, curves: Curves, pointing: PointingTable | None) -> dict[str, list[list[str]]]:
+    found = {
+        "accuracy by layer": tables.accuracy_table(study, curves, pointing),
+        "log-probability of the answer by layer": tables.log_probability_table(study, curves),
+    }
+    if "erase" in curves.accuracy:
+        found["erase accuracy by kind"] = tables.category_table(study, "erase")
+    if pointing:
+        found["pointing game"] = tables.pointing_rows(pointing)
+    return found
+
+
+def pick_examples(study: Study, count: int) -> list[int]:
+    """Questions to draw: those answered correctly, from as many kinds and images as there are, with evidence first."""
+    correct = np.asarray(study.clean.correct)
+    order = sorted(
+        range(len(study.questions)),
+        key=lambda row: (not correct[row], not study.questions[row].boxes),
+    )
+    picked: list[int] = []
+    while len(picked) < min(count, len(order)):
+        kinds: set[str] = set()
+        for row in order:
+            question = study.questions[row]
+            used = {study.questions[other].image for other in picked}
+            if row in picked or question.category in kinds or (question.image in used and len(used) < count):
+                continue
+            picked.append(row)
+            kinds.add(question.category)
+        if not kinds:
+            picked += [row for row in order if row not in picked]
+    return picked[:count]
+
+
+def _add_example(writer: SummaryWriter, study: Study, row: int) -> None:
+    """The attention of one question at every layer, and its contrastive map."""
+    question, tokens = study.questions[row], study.tokens[row]
+    image: Image.Image = open_image(question.image)
+    boxes: Sequence[Sequence[float]] = question.boxes or ()
+    tag = f"{question.category}, question {question.question_id}"
+    distribution = np.asarray(image_distribution(study.attention[:, row]))
+    for layer, values in enumerate(distribution):
+        picture = overlay(image, values, tokens, boxes, f"layer {layer}   {question.text}  ({question.answer})")
+        writer.add_image(f"attention/{tag}", picture, layer, dataformats="HWC")
+    contrast = np.asarray(contrastive_attention(study.attention[:, row : row + 1], pre=0))[0]
+    picture = overlay(image, contrast, tokens, boxes, f"last - layer 0   {question.text}  ({question.answer})")
+    writer.add_image(f"contrast/{tag}", picture, 0, dataformats="HWC")
