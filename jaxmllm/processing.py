@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from jaxmllm.errors import ProcessorError
 
@@ -54,6 +54,7 @@ def load_processor(folder: Path, config: Any) -> Any:
     # Files older than transformers 4.46 leave these out, and the processor then fails deep inside.
     if getattr(processor, "patch_size", None) is None:
         processor.patch_size = config.vision.patch_size
+    if not getattr(processor, "num_additional_image_tokens", None):
         processor.num_additional_image_tokens = 1
     if getattr(processor, "vision_feature_select_strategy", None) is None:
         processor.vision_feature_select_strategy = "full" if config.keep_class_token else "default"
@@ -75,7 +76,8 @@ def open_image(image: ImageLike) -> Image.Image:
                 picture: Image.Image = opened
         except FileNotFoundError:
             raise ProcessorError(f"{image}: no such image") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+            # Pillow's decoders raise any of these on a broken file
             raise ProcessorError(f"{image}: broken, or not an image ({error})") from error
         where = str(image)
     elif isinstance(image, np.ndarray):
@@ -91,7 +93,14 @@ def open_image(image: ImageLike) -> Image.Image:
         raise ProcessorError(f"an image is a {type(image).__name__}; expected a PIL image, an array or a path")
     if 0 in picture.size:
         raise ProcessorError(f"{where}: it has no pixels ({picture.width} x {picture.height})")
-    return ImageOps.exif_transpose(picture).convert("RGB")
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I;16"):  # Pillow would clip 16 bits to white rather than scale them
+        upright = Image.fromarray((np.asarray(upright, np.float32) / 257).round().astype(np.uint8))
+    elif upright.mode in ("I", "F"):
+        raise ProcessorError(f"{where}: pixels of mode {upright.mode} have no known range; save it with 8 or 16 bits")
+    if upright.mode == "P" and "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+    return upright.convert("RGB")
 
 
 def make_prompt(processor: Any, question: str, num_images: int) -> str:
@@ -143,6 +152,8 @@ def prepare(
     """
     if isinstance(questions, str) or not questions:
         raise ProcessorError("questions must be a list with at least one question")
+    if not isinstance(images, (list, tuple)):
+        raise ProcessorError(f"images must be a list with one entry a question, found {type(images).__name__}")
     if len(images) != len(questions):
         raise ProcessorError(f"{len(images)} image entries for {len(questions)} questions; give one entry a question")
     if padding_side not in (None, "left", "right"):
@@ -222,7 +233,10 @@ def append_answers(
     if not all(len(answer) for answer in answers):
         raise ProcessorError("an answer has no tokens")
     prompts = [row[keep.astype(bool)] for row, keep in zip(ids, mask, strict=True)]
-    longest = max(len(answer) for answer in answers) if answer_length is None else answer_length
+    longest = max(len(answer) for answer in answers)
+    if answer_length is not None and longest > answer_length:
+        raise ProcessorError(f"an answer has {longest} tokens; answer_length is {answer_length}")
+    longest = longest if answer_length is None else answer_length
     length = -(-(ids.shape[1] + longest) // bucket) * bucket
     batch = len(ids)
     out_ids = np.full((batch, length), pad_token_id, np.int32)

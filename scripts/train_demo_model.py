@@ -3,10 +3,12 @@
     python scripts/train_demo_model.py --out runs/demo-model            # about 50 minutes on 2 cores; resumes
     python scripts/train_demo_model.py --out runs/smoke --budget 0.02   # the same stages, a fiftieth of the images
 
-Two stages. *vision*: the vision tower alone names what every patch shows (auxiliary heads that are thrown away later).
-*joint*: the whole model answers questions, with a curriculum from few objects to many, while the patch loss goes on at
-a lower weight. One sequence holds an image and several questions that cannot see each other, so one image encoding
-supervises them all. Only answers and the end token carry a loss.
+Three stages. *vision*: the vision tower alone names what every patch shows, through heads that are thrown away later.
+*joint*: the whole model answers questions, with a curriculum from few objects to many, while the patch loss goes
+on at a lower weight. *settle*: the same at full difficulty, with a lower rate and more of the hard kinds of questions.
+
+One sequence holds an image and several questions that cannot see each other, so that one image encoding supervises them
+all. Only answers and the end token carry a loss.
 
 Batches are drawn from (seed, stage, step), so a run that was stopped continues exactly as if it had not been.
 """
@@ -81,9 +83,14 @@ class Stage:
 
 
 WEIGHTS = {kind: 1.0 for kind in QUESTION_KINDS} | {"count": 1.3, "above_below": 1.3, "left_right": 1.3}
+HARD_KINDS_MORE_OFTEN = WEIGHTS | {
+    "colour": 0.7, "shape": 0.8, "digit": 1.8, "digit_colour": 1.2, "extreme": 1.8,
+    "above_below": 0.8, "left_right": 2.0,
+}  # fmt: skip
 STAGES = (
     Stage("vision", 51_200, 32, 4e-3, ((0.0, (4, 7)),), 1.0, 1.0, WEIGHTS),
     Stage("joint", 57_600, 24, 2.5e-3, ((0.0, (1, 2)), (0.1, (2, 3)), (0.25, (2, 5))), 0.5, 0.15, WEIGHTS),
+    Stage("settle", 43_200, 24, 1.5e-3, ((0.0, (2, 5)),), 0.5, 0.4, HARD_KINDS_MORE_OFTEN),
 )
 
 
@@ -188,7 +195,7 @@ def answer_logits(module: llava.Llava, features: jax.Array, batch: Batch) -> jax
     mask = causal & shared_or_same & (batch.segment[:, None, :] >= 0)
     inputs = Inputs(batch.input_ids, mask[:, None], batch.pixel_values, batch.position, None, CONFIG.tokens_per_image)
     layout = forward.layout_of(inputs, CONFIG.image_token_id)
-    embedded = forward.place_images(module.decoder.embed(inputs.input_ids), module.projector(features), layout)
+    embedded = forward.place_images(module.decoder.embed(inputs.input_ids), module.projector(features), layout.image)
     hidden, _ = module.decoder(embedded, layout)
     return module.decoder.logits(hidden)
 

@@ -12,16 +12,20 @@ from jaxtyping import install_import_hook
 install_import_hook("jaxmllm", "beartype.beartype")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-from tests.support import tiny  # noqa: E402
+from tests.support.variants import VARIANTS  # noqa: E402
 
 
-@pytest.fixture(scope="session", params=sorted(tiny.VARIANTS))
+@pytest.fixture(scope="session", params=sorted(VARIANTS))
 def pair(request, tmp_path_factory):
     """Each tiny model: PyTorch's, and ours loaded from the folder it saved."""
+    from tests.support import tiny  # here, so that the goldens run where torch is not installed
+
     return tiny.make_pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def plain_pair(tmp_path_factory):
     """One tiny model, for tests that do not depend on the variant."""
+    from tests.support import tiny
+
     return tiny.make_pair("grouped_queries", tmp_path_factory.mktemp("plain"))

@@ -8,7 +8,6 @@ image tokens last, and are differentiable and jit-able.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxmllm.errors import InputError
 
 AnyArray = Array | np.ndarray
-Candidates = Literal["all", "deep", "shallow"] | Sequence[int]
+Candidates = str | Sequence[int]  # "all", "deep", "shallow", or layers
 
 
 def image_distribution(attention: Float[AnyArray, "*axes N"]) -> Float[Array, "*axes N"]:
@@ -28,13 +27,19 @@ def image_distribution(attention: Float[AnyArray, "*axes N"]) -> Float[Array, "*
     return jnp.where(positive, attention / jnp.where(positive, total, 1.0), 1.0 / attention.shape[-1])
 
 
-def hellinger(p: Float[Array, "*axes N"], q: Float[AnyArray, "*axes N"]) -> Float[Array, "*axes"]:
+def hellinger(p: Float[AnyArray, "*#axes N"], q: Float[AnyArray, "*#axes N"]) -> Float[Array, "..."]:
     """Hellinger distance ``sqrt(sum_j (sqrt(p_j) - sqrt(q_j))^2) / sqrt(2)`` of distributions on the last axis, 0..1.
 
     Source: arXiv 2601.08151, part 1 (attention evolution).
     """
-    difference = jnp.sqrt(jnp.asarray(p, jnp.float32)) - jnp.sqrt(jnp.asarray(q, jnp.float32))
-    return jnp.sqrt(jnp.sum(difference**2, axis=-1) / 2.0)
+    difference = _root(jnp.asarray(p, jnp.float32)) - _root(jnp.asarray(q, jnp.float32))
+    return _root(jnp.sum(difference**2, axis=-1) / 2.0)
+
+
+def _root(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Square root whose gradient at 0 is 0 rather than infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
 def attention_evolution(attention: Float[AnyArray, "L *axes N"]) -> Float[Array, "L *axes"]:

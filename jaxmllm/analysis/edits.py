@@ -34,7 +34,13 @@ class Spans(tuple):
 
 
 def window(start: Any, stop: Any) -> Spans:
-    """Layers ``start .. stop - 1``."""
+    """Layers ``start .. stop - 1``.
+
+    Raises:
+      InputError: no layer lies between them.
+    """
+    if isinstance(start, int) and isinstance(stop, int) and stop <= start:
+        raise InputError(f"window({start}, {stop}) holds no layer; stop must be above start")
     return Spans(((start, stop),))
 
 
@@ -62,11 +68,14 @@ def _layers(layers: LayerSet, strength: Strength) -> Layers:
     else:
         spans = ((layers, layers + 1),)
     ends = [end for span in spans for end in span]
+    named = layers if isinstance(layers, (list, tuple, set, frozenset)) else [layers]
+    if any(isinstance(layer, (bool, np.bool_)) for layer in named):
+        raise InputError(f"layers must be whole numbers, found {layers!r}")
     if all(isinstance(end, (int, np.integer)) for end in ends):
         if min(ends) < 0:
             raise InputError(f"no layer {min(ends)}: layers are counted from 0")
         array: Any = np.asarray(ends, np.int32)
-    elif any(isinstance(end, (float, str, bool)) for end in ends):
+    elif any(isinstance(end, (float, str)) or not jnp.issubdtype(jnp.result_type(end), jnp.integer) for end in ends):
         raise InputError(f"layers must be whole numbers, found {layers!r}")
     else:
         array = jnp.stack([jnp.asarray(end, jnp.int32) for end in ends])

@@ -144,7 +144,7 @@ def sweep_batch(
     """
     module = pure.merge(graphdef, params)
     layout = pure.layout_of(inputs, module.config.image_token_id)
-    embedded = pure.embed(module, inputs, layout)
+    embedded = pure.embed(module, inputs)
 
     def answer_logits(hidden: Array) -> Array:
         return module.decoder.logits(gather_rows(hidden, row_index("answer", layout)))

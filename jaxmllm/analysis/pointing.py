@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from jaxmllm.analysis.geometry import TokenBoxes, box_areas
 
-Boxes = Float[np.ndarray, "n 4"] | Sequence[Sequence[float]]
+Boxes = Float[np.ndarray, "n 4"] | Sequence[Sequence[float | int]]
 
 
 def _as_boxes(boxes: Boxes) -> np.ndarray:

@@ -37,6 +37,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file; a checkpoint folder needs it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
     return fields
@@ -52,6 +54,8 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX}: holds no weight_map")
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX}: its weight_map does not name files")
         shards = sorted(set(weight_map.values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:

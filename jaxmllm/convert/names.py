@@ -77,7 +77,7 @@ class NameTable:
       spellings: rewrites ``(pattern, replacement)``, applied in order, that lead to the canonical name.
       entries: what fills what.
       ignored: patterns of canonical names that may be in a file and are not read, each with the reason.
-      torch_shapes: the torch shape of tensors that a transform cannot infer when writing.
+      torch_shapes: the torch shape of tensors whose leaf has another number of axes.
     """
 
     spellings: tuple[tuple[str, str], ...]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmllm.convert.names import TRANSFORMS, Entry, NameTable
+from jaxmllm.convert.names import TRANSFORMS, NameTable
 from jaxmllm.errors import CheckpointError
 
 SHOWN_PROBLEMS = 12
@@ -101,7 +101,9 @@ def make_plan(
             problems.append(f"given twice: {found[entry.leaf][layer]} and {name} are the same tensor")
             continue
         found[entry.leaf][layer] = name
-        problem = _misshaped(name, shapes[name], target if layer is None else target[1:], entry)
+        ours = target if layer is None else target[1:]
+        expected = table.torch_shapes.get(canonical, ours[::-1] if entry.transform == "linear" else ours)
+        problem = _misshaped(name, shapes[name], expected)
         if problem:
             problems.append(problem)
 
@@ -125,19 +127,10 @@ def make_plan(
     return fills, ignored
 
 
-def _misshaped(name: str, shape: tuple[int, ...] | None, target: tuple[int, ...], entry: Entry) -> str | None:
-    if shape is None:
+def _misshaped(name: str, shape: tuple[int, ...] | None, expected: tuple[int, ...]) -> str | None:
+    if shape is None or shape == expected:
         return None
-    expected: tuple[int, ...] | None = target
-    if entry.transform == "linear":
-        expected = target[::-1]
-    elif entry.transform == "patches":
-        rows = shape[1] * shape[2] * shape[3] if len(shape) == 4 else -1
-        expected = shape if (rows, shape[0]) == target else None
-    if shape == expected:
-        return None
-    wanted = f"{list(expected)}" if expected else f"a convolution kernel of {target[0]} inputs and {target[1]} outputs"
-    return f"misshaped: {name} has shape {list(shape)}; the config asks for {wanted}"
+    return f"misshaped: {name} has shape {list(shape)}; the config asks for {list(expected)}"
 
 
 def torch_tensors(table: NameTable, params: Mapping[str, Any]) -> dict[str, Any]:

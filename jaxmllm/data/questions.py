@@ -50,7 +50,7 @@ def read_questions(path: str | Path, image_folder: str | Path) -> list[Question]
     """
     path, image_folder = Path(path), Path(image_folder)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: no such question file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -89,10 +89,10 @@ def _parse(line: str, where: str, number: int, image_folder: Path) -> Question:
     if not image.is_file():
         raise InputError(f"{where}: no image {image}")
     return Question(
-        question_id=str(fields.get("question_id", number)),
+        question_id=str(number if fields.get("question_id") is None else fields["question_id"]),
         image=image,
         text=fields["text"],
-        category=str(fields.get("category", "all")),
+        category=str("all" if fields.get("category") is None else fields["category"]),
         answer=fields["answer"].strip(),
         boxes=_boxes(fields.get("boxes"), f"{where}: field 'boxes'"),
         objects=_boxes(fields.get("objects"), f"{where}: field 'objects'"),
@@ -103,6 +103,8 @@ def _boxes(value: Any, where: str) -> tuple[Box, ...] | None:
     if value is None:
         return None
     try:
+        if not isinstance(value, list):
+            raise TypeError
         boxes = tuple((float(left), float(top), float(right), float(bottom)) for left, top, right, bottom in value)
     except (TypeError, ValueError):
         raise InputError(f"{where}: expected a list of [left, top, right, bottom] in pixels, found {value!r}") from None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmllm.models.capture import Capture, row_index
 from jaxmllm.models.edits import Edits
@@ -61,27 +61,31 @@ def layout_of(inputs: Inputs, image_token_id: int) -> Layout:
 
 
 def place_images(
-    embedded: Float[Array, "B S D"], features: Float[Array, "I N D"], layout: Layout
+    embedded: Float[Array, "B S D"], features: Float[Array, "I N D"], image: Bool[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-    """Puts image features at the image positions, in order, over the whole batch (torch's ``masked_scatter``)."""
+    """Puts image features at the placeholders, in order, over the whole batch (torch's ``masked_scatter``).
+
+    ``image`` marks every placeholder, also one that the attention mask hides: it still takes its feature.
+    """
     flat = features.reshape(-1, features.shape[-1])
-    order = jnp.cumsum(layout.image.reshape(-1)).reshape(layout.image.shape) - 1
+    order = jnp.cumsum(image.reshape(-1)).reshape(image.shape) - 1
     placed = flat[jnp.clip(order, 0, flat.shape[0] - 1)].astype(embedded.dtype)
-    return jnp.where(layout.image[..., None], placed, embedded)
+    return jnp.where(image[..., None], placed, embedded)
 
 
-def embed(module: Any, inputs: Inputs, layout: Layout) -> Float[Array, "B S D"]:
+def embed(module: Any, inputs: Inputs) -> Float[Array, "B S D"]:
     """Token embeddings with the image features in place: what enters decoder layer 0."""
     embedded = module.decoder.embed(inputs.input_ids)
     if inputs.pixel_values is None:
         return embedded
-    return place_images(embedded, module.encode_images(inputs.pixel_values), layout)
+    placeholders = inputs.input_ids == module.config.image_token_id
+    return place_images(embedded, module.encode_images(inputs.pixel_values), placeholders)
 
 
 def run(module: Any, inputs: Inputs, edits: Edits | None, capture: Capture, logits_at: LogitsAt) -> Output:
     """Forward pass of a merged module: encode the images, run the decoder, read the logits."""
     layout = layout_of(inputs, module.config.image_token_id)
-    hidden, captured = module.decoder(embed(module, inputs, layout), layout, edits, capture)
+    hidden, captured = module.decoder(embed(module, inputs), layout, edits, capture)
     if not isinstance(logits_at, str) or logits_at != "all":
         hidden = gather_rows(hidden, row_index(logits_at, layout) if isinstance(logits_at, str) else logits_at)
     return Output(module.decoder.logits(hidden), captured)

@@ -69,17 +69,22 @@ def as_inputs(
         raise InputError(f"inputs hold no input_ids (only {', '.join(sorted(inputs)) or 'nothing'})")
     ids = _array(inputs, "input_ids", 2, "(batch, sequence)")
     batch, length = ids.shape
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise InputError(f"input_ids are of type {ids.dtype}; expected whole numbers")
     mask = _array(inputs, "attention_mask", (2, 4), "(batch, sequence) or (batch, 1, sequence, sequence)")
     mask = np.ones((batch, length), np.int32) if mask is None else mask
     if mask.shape not in ((batch, length), (batch, 1, length, length)):
         raise InputError(f"attention_mask has shape {mask.shape}; input_ids have shape {ids.shape}")
+    if mask.ndim == 4 and not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.floating)):
+        raise InputError(f"attention_mask over pairs is of type {mask.dtype}; expected booleans or additive floats")
     positions = _array(inputs, "position_ids", 2, "(batch, sequence)")
     if positions is not None and positions.shape != ids.shape:
         raise InputError(f"position_ids have shape {positions.shape}; input_ids have shape {ids.shape}")
-    answers = _array(inputs, "answer_positions", 2, "(batch, answer tokens)")
+    answers = _answer_positions(inputs, batch, length)
     pixels = _array(inputs, "pixel_values", 4, "(images, channels, height, width)")
     if pixels is not None and tuple(pixels.shape[1:]) != pixel_shape:
-        raise InputError(f"pixel_values have shape {tuple(pixels.shape)}; this model takes {('images', *pixel_shape)}")
+        wanted = ", ".join(map(str, pixel_shape))
+        raise InputError(f"pixel_values have shape {tuple(pixels.shape)}; this model takes (images, {wanted})")
     images = 0 if pixels is None else pixels.shape[0]
     max_image_tokens = min(length, images * tokens_per_image)
     if not isinstance(ids, jax.core.Tracer):
@@ -103,6 +108,19 @@ def as_inputs(
         answer_positions=None if answers is None else jnp.asarray(answers, jnp.int32),
         max_image_tokens=max_image_tokens,
     )
+
+
+def _answer_positions(inputs: Mapping[str, Any], batch: int, length: int) -> Any:
+    positions = _array(inputs, "answer_positions", 2, "(batch, answer tokens)")
+    if positions is None:
+        return None
+    if positions.shape[0] != batch:
+        raise InputError(f"answer_positions have shape {positions.shape}; there are {batch} sequences")
+    if not isinstance(positions, jax.core.Tracer) and positions.size:
+        low, high = int(np.asarray(positions).min()), int(np.asarray(positions).max())
+        if low < 0 or high >= length:
+            raise InputError(f"answer_positions run from {low} to {high}; the sequence has {length} positions")
+    return positions
 
 
 def _array(inputs: Mapping[str, Any], name: str, ndim: int | tuple[int, ...], axes: str) -> Any:

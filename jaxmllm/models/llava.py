@@ -88,21 +88,20 @@ def read_config(fields: Mapping[str, Any]) -> LlavaConfig:
             f"config.json: image_token_index={image_token_id} is outside the vocabulary of {text.vocab_size}"
         )
     layers = reader.take("vision_feature_layer", -2, (int, list))
+    layers = layers if isinstance(layers, list) else [layers]
+    if not layers or any(type(layer) is not int for layer in layers):
+        raise ConfigError(f"config.json: field 'vision_feature_layer' is {layers!r}; expected whole numbers")
     config = LlavaConfig(
         vision=vision,
         text=text,
         image_token_id=image_token_id,
-        feature_layers=tuple(_feature_layer(layer, vision.num_layers) for layer in _as_list(layers)),
+        feature_layers=tuple(_feature_layer(layer, vision.num_layers) for layer in layers),
         keep_class_token=reader.choice("vision_feature_select_strategy", "default", ("default", "full")) == "full",
         projector_act=reader.choice("projector_hidden_act", "gelu", ACTIVATIONS),
         projector_bias=reader.take("multimodal_projector_bias", True, bool),
     )
     reader.finish()
     return config
-
-
-def _as_list(layers: int | list[int]) -> list[int]:
-    return layers if isinstance(layers, list) else [layers]
 
 
 def _feature_layer(layer: int, num_layers: int) -> int:

@@ -38,7 +38,7 @@ def family_of(fields: Mapping[str, Any]) -> Family:
       ConfigError: no such field, or a family that is not implemented.
     """
     name = fields.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
             f"config.json: model_type is {name!r}; jaxmllm implements {', '.join(sorted(FAMILIES))}. "
             "Other families need a port first (docs/adding-a-model.md)."

@@ -70,17 +70,6 @@ def test_vision_tower_and_projector(pair):
     np.testing.assert_allclose(np.asarray(got), features.numpy(), atol=STATES, rtol=0)
 
 
-def roles(pair, inputs):
-    """Image, question and last positions, found without the code under test."""
-    valid = inputs["attention_mask"].astype(bool)
-    image = (inputs["input_ids"] == pair.image_token) & valid
-    question = valid & ~image & (np.cumsum(image, axis=-1) > 0)
-    last = np.zeros_like(valid)
-    for row, mask in enumerate(valid):
-        last[row, np.flatnonzero(mask)[-1]] = True
-    return image, question, last
-
-
 ALL = range(tiny.TEXT["num_hidden_layers"])
 EDITS = {
     "erase_first": (erase_image(0), lambda i, q, z: [reference.erase([0], i)]),
@@ -118,18 +107,18 @@ def test_edits(plain_pair, name, side):
     edits, torch_edits = EDITS[name]
     for layout in ("unlike_lengths", "several_images"):
         inputs = tiny.make_inputs(plain_pair, tiny.LAYOUTS[layout], side)
-        compare(plain_pair, inputs, edits, *torch_edits(*roles(plain_pair, inputs)))
+        compare(plain_pair, inputs, edits, *torch_edits(*tiny.roles(plain_pair, inputs)))
 
 
 def test_edits_on_every_variant(pair):
     inputs = tiny.make_inputs(pair, tiny.LAYOUTS["several_images"], "left")
     edits, torch_edits = EDITS["composed"]
-    compare(pair, inputs, edits, *torch_edits(*roles(pair, inputs)))
+    compare(pair, inputs, edits, *torch_edits(*tiny.roles(pair, inputs)))
 
 
 def test_weighted_positions_and_strength(plain_pair):
     inputs = tiny.make_inputs(plain_pair, tiny.LAYOUTS["unlike_lengths"])
-    image, _, _ = roles(plain_pair, inputs)
+    image, _, _ = tiny.roles(plain_pair, inputs)
     half = np.zeros((3, plain_pair.jax.config.tokens_per_image), np.float32)
     half[:, ::2] = 1.0
     chosen = np.zeros_like(image)
