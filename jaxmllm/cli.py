@@ -132,9 +132,10 @@ def print_study(console: Console, results, curves, pointing) -> None:  # type: i
     """The tables of a study, and the layers its rules name."""
     from jaxmllm.report import tables
 
-    by_layer = tables.accuracy_table(results, curves, pointing)
+    by_layer = tables.accuracy_table(results, curves)
     console.print(tables.rich_table(by_layer, "Accuracy %, image hidden at each layer"))
     console.print(tables.rich_table(tables.log_probability_table(results, curves), "Log-probability of the answer"))
+    console.print(tables.rich_table(tables.attention_table(results, curves, pointing), "Attention to the image"))
     if "erase" in curves.accuracy and len(results.categories) > 1:
         console.print(tables.rich_table(tables.category_table(results, "erase"), "Erase: accuracy % by kind and layer"))
     if pointing:

@@ -84,6 +84,8 @@ def export_model(params: Mapping[str, Any], folder: Path) -> None:
     write_processor(building)
     shutil.rmtree(folder, ignore_errors=True)
     building.chmod(0o755)
+    for file in building.iterdir():
+        file.chmod(0o644)
     building.rename(folder)
 
 

@@ -20,8 +20,9 @@ import typer
 from PIL import Image
 
 import jaxmllm
-from jaxmllm.data.scene_questions import QUESTION_KINDS, Question, ask_all, majority_baseline
-from jaxmllm.data.scenes import load_digit_bitmaps, render, sample_scene
+from jaxmllm.data.digits import load_digit_bitmaps
+from jaxmllm.data.scene_questions import EVEN_MIX, QUESTION_KINDS, Question, ask_all, majority_baseline
+from jaxmllm.data.scenes import render, sample_scene
 from jaxmllm.processing import append_answers, encode_answers
 from jaxmllm.report.tables import markdown, percent
 
@@ -54,7 +55,7 @@ def evaluate(
     while len(asked) < questions:
         scene = sample_scene(rng, digits)
         images += [Image.fromarray(render(scene, model.config.vision.image_size))] * A_SCENE
-        asked += ask_all(rng, scene, A_SCENE)
+        asked += ask_all(rng, scene, A_SCENE, EVEN_MIX)
     batches = range(0, len(asked) - len(asked) % BATCH, BATCH)
     right = np.concatenate([score(model, images[at : at + BATCH], asked[at : at + BATCH]) for at in batches])
     asked = asked[: len(right)]

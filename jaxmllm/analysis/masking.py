@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,7 @@ from jaxmllm.models.layers import Leaf
 from jaxmllm.models.layout import gather_rows
 from jaxmllm.processing import append_answers, encode_answers
 
-EditKind = Literal["erase", "blind", "knockout"]
-Scope = Literal["single", "from", "up_to"] | int
+Scope = str | int  # "single", "from", "up_to", or the width of a window
 
 EDIT_MAKERS: dict[str, Callable[[Any], Edits]] = {
     "erase": erase_image,
@@ -77,7 +76,7 @@ class SweepResult:
         return np.asarray(self.clean.correct).mean() - np.asarray(self.edited.correct).mean(axis=-1)
 
 
-def layer_edits(edits: EditKind, scope: Scope, num_layers: int) -> list[Edits]:
+def layer_edits(edits: str, scope: Scope, num_layers: int) -> list[Edits]:
     """One edit a layer.
 
     Args:
@@ -162,7 +161,7 @@ def sweep(
     model: Any,
     inputs: Mapping[str, Any],
     targets: Sequence[str],
-    edits: EditKind | Sequence[Edits] = "erase",
+    edits: str | Sequence[Edits] = "erase",
     scope: Scope = "single",
     params: pure.Params | None = None,
 ) -> SweepResult:

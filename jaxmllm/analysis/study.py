@@ -20,6 +20,7 @@ from jaxmllm.analysis.masking import Scope, Scores, layer_edits, sweep_batch
 from jaxmllm.analysis.pointing import attention_mass, chance, pointing_hit
 from jaxmllm.data.questions import Question
 from jaxmllm.errors import InputError
+from jaxmllm.models.edits import Edits
 from jaxmllm.processing import append_answers, encode_answers, open_image
 
 # Sequences are padded to a multiple of this, so that a data set of mixed lengths compiles a handful of programs.
@@ -37,6 +38,7 @@ class Study:
       clean: scores ``[Q]``.
       early: scores ``[L, Q]``.
       attention: ``[L, Q, N]``, head mean, last prompt token to image tokens.
+      hellinger: ``[L, Q]``, its distance to the last layer's.
       tokens: the pixel boxes of each question's image tokens.
     """
 
@@ -45,6 +47,7 @@ class Study:
     clean: Scores
     early: Scores
     attention: Float[np.ndarray, "L Q N"]
+    hellinger: Float[np.ndarray, "L Q"]
     tokens: tuple[TokenBoxes, ...]
 
     @property
@@ -68,8 +71,8 @@ def parse_curve(name: str) -> tuple[str, Scope]:
       InputError: an unknown edit or scope.
     """
     edit, _, scope = name.partition(":")
-    parsed: Scope = int(scope) if scope.isdigit() else (scope or "single")  # type: ignore[assignment]
-    layer_edits(edit, parsed, 1)  # type: ignore[arg-type]
+    parsed: Scope = int(scope) if scope.isdigit() else (scope or "single")
+    layer_edits(edit, parsed, 1)
     return edit, parsed
 
 
@@ -95,7 +98,7 @@ def run_study(
     """
     if not questions:
         raise InputError("no questions to study")
-    branches = {name: stack_edits(layer_edits(*parse_curve(name), model.num_layers)) for name in curves}  # type: ignore[arg-type]
+    branches, place = stack_curves(curves, model.num_layers)
     answers = encode_answers(model.processor, [question.answer for question in questions])
     answer_length = max(map(len, answers))
     parts, tokens = [], []
@@ -120,7 +123,30 @@ def run_study(
         for item in range(3)
     )
     attention = np.concatenate([part[3] for part in parts], axis=1)
-    return Study(tuple(questions), edited, clean, early, attention, tuple(tokens))
+    by_curve = {name: take_branches(edited[kind], branches_of_it) for name, (kind, branches_of_it) in place.items()}
+    evolution = np.asarray(attention_evolution(attention))
+    return Study(tuple(questions), by_curve, clean, early, attention, evolution, tuple(tokens))
+
+
+def take_branches(scores: Scores, branches: slice) -> Scores:
+    """Some branches of stacked scores."""
+    return jax.tree.map(lambda leaf: leaf[branches], scores)
+
+
+def stack_curves(curves: Sequence[str], num_layers: int) -> tuple[dict[str, Edits], dict[str, tuple[str, slice]]]:
+    """Stacks the edits of all curves, those of one kind together, so that each kind is compiled once.
+
+    Returns:
+      Stacked edits by kind; and for each curve its kind and its branches there.
+    """
+    edits: dict[str, list[Edits]] = {}
+    place = {}
+    for name in dict.fromkeys(curves):
+        kind, scope = parse_curve(name)
+        stack = edits.setdefault(kind, [])
+        place[name] = (kind, slice(len(stack), len(stack) + num_layers))
+        stack += layer_edits(kind, scope, num_layers)
+    return {kind: stack_edits(stack) for kind, stack in edits.items()}, place
 
 
 def batches(count: int, size: int) -> Iterator[list[int]]:
@@ -173,7 +199,7 @@ def curves_of(study: Study, category: str | None = None, chosen: np.ndarray | No
         log_probability={
             name: np.asarray(score.log_probability)[:, rows].mean(axis=1) for name, score in scores.items()
         },
-        hellinger=np.asarray(attention_evolution(study.attention[:, rows])).mean(axis=1),
+        hellinger=study.hellinger[:, rows].mean(axis=1),
         fusion=fusion_layers(accuracy["erase"], clean) if "erase" in accuracy else None,
         review=review_layer(accuracy["blind"], clean) if "blind" in accuracy else None,
     )

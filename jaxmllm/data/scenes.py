@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from jaxmllm.data.digits import BITMAP_SIDE, DigitBitmaps
 from jaxmllm.errors import InputError
 
 Box = tuple[float, float, float, float]
@@ -50,55 +51,9 @@ _SMALLEST_DIGIT_SIDE = 18 / REFERENCE_SIZE  # below this, closed loops of an 8 o
 _GAP = 1.5 / REFERENCE_SIZE
 _PLACES_TRIED = 32
 
-_BITMAP_SIDE = 8
 # A thinner box than this can slip through every patch of a coarse grid; a narrow 1 is widened to it.
 _SMALLEST_ASPECT = 0.4
 _STROKE_LEVEL = 0.42
-
-
-@dataclass(frozen=True, eq=False)
-class DigitBitmaps:
-    """Handwritten digits: `images` [n, 8, 8] float ink from 0 to 1, `labels` [n] int from 0 to 9.
-
-    Raises InputError when the shapes disagree, a label is no digit, a digit is missing or an image has no ink.
-    """
-
-    images: NDArray[np.float32]
-    labels: NDArray[np.int64]
-
-    def __post_init__(self) -> None:
-        if self.images.shape != (len(self.labels), _BITMAP_SIDE, _BITMAP_SIDE):
-            raise InputError(f"images must be [{len(self.labels)}, 8, 8] to match labels, got {self.images.shape}")
-        if set(np.unique(self.labels).tolist()) != set(range(10)):
-            raise InputError("labels must hold every digit from 0 to 9 and nothing else")
-        if self.images.min() < 0 or self.images.max() > 1 or self.images.max(axis=(1, 2)).min() <= 0:
-            raise InputError("every image must hold ink, between 0 and 1")
-
-
-def load_digit_bitmaps(split: Literal["train", "test"]) -> DigitBitmaps:
-    """The handwritten digits that come with scikit-learn, 80% of every class in "train", the rest in "test".
-
-    The split is by sample and always the same, so the digits of a held-out scene are never drawn in training.
-    Raises InputError for another split, ImportError when scikit-learn is not installed.
-    """
-    if split not in ("train", "test"):
-        raise InputError(f"split must be 'train' or 'test', got {split!r}")
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "the handwritten digits come with scikit-learn: pip install 'jaxmllm[scenes]' "
-            "(or pass DigitBitmaps of your own)"
-        ) from error
-    images, labels = load_digits().images, load_digits().target
-    order = np.random.default_rng(0).permutation(len(labels))
-    chosen = []
-    for digit in range(10):
-        members = order[labels[order] == digit]
-        cut = round(0.8 * len(members))
-        chosen.append(members[:cut] if split == "train" else members[cut:])
-    indices = np.sort(np.concatenate(chosen))
-    return DigitBitmaps((images[indices] / 16.0).astype(np.float32), labels[indices].astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -262,13 +217,13 @@ def _write(
     Origin and steps are in bitmap pixels, the origin counted from the bitmap's centre.
     """
     border = 2  # a margin without ink, so that strokes at the rim of the bitmap end smoothly
-    padded = np.zeros((_BITMAP_SIDE + 2 * border, _BITMAP_SIDE + 2 * border), dtype=np.float32)
+    padded = np.zeros((BITMAP_SIDE + 2 * border, BITMAP_SIDE + 2 * border), dtype=np.float32)
     padded[border:-border, border:-border] = bitmap
     cosine, sine = math.cos(rotation), math.sin(rotation)
     # From the page back to the bitmap: undo the shear, then the rotation.
     xx, xy = cosine, sine - cosine * shear
     yx, yy = -sine, cosine + sine * shear
-    middle = border + _BITMAP_SIDE / 2
+    middle = border + BITMAP_SIDE / 2
     transform = (
         xx * step_x,
         xy * step_y,
@@ -322,7 +277,7 @@ def _coverage(item: SceneObject, box: Box, left: int, top: int, width: int, heig
         ink_x0, ink_y0, ink_x1, ink_y1 = item.glyph.ink
         step_x, step_y = (ink_x1 - ink_x0) / (x1 - x0), (ink_y1 - ink_y0) / (y1 - y0)
         origin = ink_x0 + (left - x0) * step_x, ink_y0 + (top - y0) * step_y
-        bitmap = np.array(item.glyph.bitmap, dtype=np.float32).reshape(_BITMAP_SIDE, _BITMAP_SIDE)
+        bitmap = np.array(item.glyph.bitmap, dtype=np.float32).reshape(BITMAP_SIDE, BITMAP_SIDE)
         field = _write(bitmap, item.glyph.rotation, item.glyph.shear, origin, step_x, step_y, width, height)
         # The slope turns the soft edge of the upscaled ink into one about a pixel wide.
         return np.clip(0.5 + (field - item.glyph.level) * 1.3 / math.sqrt(step_x * step_y), 0, 1)

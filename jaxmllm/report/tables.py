@@ -18,7 +18,7 @@ def tidy_rows(study: Study, pointing: PointingTable | None) -> list[dict[str, An
     """One row a number: ``metric, curve, category, layer, value, questions``; layer -1 is the whole model."""
     rows: list[dict[str, Any]] = []
 
-    def add(metric: str, curve: str, category: str, layer: int, value: float, questions: int) -> None:
+    def add(metric: str, curve: str, category: str, layer: int, value: float | np.floating, questions: int) -> None:
         rows.append(
             {"metric": metric, "curve": curve, "category": category, "layer": layer, "value": float(value),
              "questions": questions}
@@ -83,16 +83,23 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def accuracy_table(study: Study, curves: Curves, pointing: PointingTable | None) -> list[list[str]]:
-    """The main table, header first: one row a layer; accuracies and pointing hits in percent."""
-    rows = [["layer", *curves.accuracy, "Hellinger", *(["pointing"] if pointing else []), "named"]]
+def accuracy_table(study: Study, curves: Curves) -> list[list[str]]:
+    """Accuracy in percent, header first: one row a layer, with what the rules call it."""
+    rows = [["layer", *curves.accuracy, "named"]]
     for layer in range(study.num_layers):
         row = [str(layer), *[percent(values[layer]) for values in curves.accuracy.values()]]
-        row += [f"{curves.hellinger[layer]:.3f}"]
-        row += [percent(pointing.by_layer[layer].hits)] if pointing else []
         rows.append([*row, layer_label(curves, layer)])
-    clean = [percent(curves.clean_accuracy)] * len(curves.accuracy)
-    rows.append(["clean", *clean, *[""] * (len(rows[0]) - len(clean) - 1)])
+    return [*rows, ["clean", *[percent(curves.clean_accuracy)] * len(curves.accuracy), ""]]
+
+
+def attention_table(study: Study, curves: Curves, pointing: PointingTable | None) -> list[list[str]]:
+    """Attention of the last prompt token to the image, header first: one row a layer."""
+    rows = [["layer", "Hellinger to last", *(["pointing hits %", "mass on evidence %"] if pointing else [])]]
+    for layer in range(study.num_layers):
+        row = [str(layer), f"{curves.hellinger[layer]:.3f}"]
+        if pointing:
+            row += [percent(pointing.by_layer[layer].hits), percent(pointing.by_layer[layer].mass)]
+        rows.append(row)
     return rows
 
 
@@ -112,11 +119,11 @@ def layer_label(curves: Curves, layer: int) -> str:
 
 def category_table(study: Study, curve: str) -> list[list[str]]:
     """Accuracy in percent under one curve by kind of question, header first, with each kind's fusion layers."""
-    header = ["questions of", "n", *[str(layer) for layer in range(study.num_layers)], "clean", "fusion layers"]
+    header = ["kind", "n", *[str(layer) for layer in range(study.num_layers)], "clean", "fusion"]
     rows = [header]
     for category in [*study.categories, None]:
         curves = curves_of(study, category)
-        fusion = ", ".join(map(str, curves.fusion or [])) or "-"
+        fusion = " ".join(map(str, curves.fusion or [])) or "-"
         values = [f"{100 * value:.0f}" for value in (*curves.accuracy[curve], curves.clean_accuracy)]
         rows.append([category or ALL, str(curves.questions), *values, fusion])
     return rows
@@ -136,7 +143,7 @@ def pointing_rows(pointing: PointingTable) -> list[list[str]]:
 
 def rich_table(rows: list[list[str]], title: str) -> Table:
     """Rows, header first, for the console."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column, name in enumerate(rows[0]):
         table.add_column(name, justify="left" if column == 0 else "right", no_wrap=True)
     for row in rows[1:]:

@@ -1,12 +1,13 @@
 """Results in TensorBoard: a chart is a tag, a curve is a run, a step is a layer.
 
 Related curves are written as runs of their own that share a tag, because TensorBoard draws runs of one tag into one
-chart. So ``accuracy`` holds erase, blind, knockout and early output side by side, ``erase accuracy by kind`` holds the
-kinds of questions, and the image slider walks through the layers.
+chart. So ``fusion/accuracy`` holds erase, blind, knockout and early output side by side, ``accuracy_by_kind/erase``
+holds the kinds of questions, and the image slider walks through the layers.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,26 +44,24 @@ def write_study(
       on_progress: called after each example.
     """
     for name in curves.accuracy:
-        with SummaryWriter(str(logdir / name.replace(":", " "))) as writer:
+        with SummaryWriter(str(logdir / name.replace(":", "_"))) as writer:
             _add_curve(writer, "fusion/accuracy", curves.accuracy[name])
-            _add_curve(writer, "fusion/log-probability of the answer", curves.log_probability[name])
+            _add_curve(writer, "fusion/answer_log_probability", curves.log_probability[name])
     with SummaryWriter(str(logdir / "clean")) as writer:
         # a level line in both charts, to read drops against
         _add_curve(writer, "fusion/accuracy", np.full(study.num_layers, curves.clean_accuracy))
-        _add_curve(
-            writer, "fusion/log-probability of the answer", np.full(study.num_layers, curves.clean_log_probability)
-        )
+        _add_curve(writer, "fusion/answer_log_probability", np.full(study.num_layers, curves.clean_log_probability))
     for category in study.categories:
         of_kind = curves_of(study, category)
-        with SummaryWriter(str(logdir / f"kind {category}")) as writer:
+        with SummaryWriter(str(logdir / f"kind_{category}")) as writer:
             for name, values in of_kind.accuracy.items():
-                _add_curve(writer, f"accuracy by kind/{name.replace(':', ' ')}", values)
-            _add_curve(writer, "attention by kind/Hellinger distance to the last layer", of_kind.hellinger)
+                _add_curve(writer, f"accuracy_by_kind/{name.replace(':', '_')}", values)
+            _add_curve(writer, "attention_by_kind/hellinger_to_last_layer", of_kind.hellinger)
     with SummaryWriter(str(logdir / "summary")) as writer:
-        _add_curve(writer, "attention/Hellinger distance to the last layer", curves.hellinger)
+        _add_curve(writer, "attention/hellinger_to_last_layer", curves.hellinger)
         if pointing:
-            _add_curve(writer, "attention/pointing hits", np.array([scores.hits for scores in pointing.by_layer]))
-            _add_curve(writer, "attention/mass on evidence", np.array([scores.mass for scores in pointing.by_layer]))
+            _add_curve(writer, "attention/pointing_hits", np.array([scores.hits for scores in pointing.by_layer]))
+            _add_curve(writer, "attention/mass_on_evidence", np.array([scores.mass for scores in pointing.by_layer]))
         writer.add_figure("summary", summary_figure(study, curves, pointing))
         for title, rows in _tables(study, curves, pointing).items():
             writer.add_text(title, tables.markdown(rows))
@@ -83,36 +82,28 @@ def _add_curve(writer: SummaryWriter, tag: str, values: np.ndarray) -> None:
 
 def _tables(study: Study, curves: Curves, pointing: PointingTable | None) -> dict[str, list[list[str]]]:
     found = {
-        "accuracy by layer": tables.accuracy_table(study, curves, pointing),
-        "log-probability of the answer by layer": tables.log_probability_table(study, curves),
+        "accuracy_by_layer": tables.accuracy_table(study, curves),
+        "answer_log_probability_by_layer": tables.log_probability_table(study, curves),
+        "attention_by_layer": tables.attention_table(study, curves, pointing),
     }
     if "erase" in curves.accuracy:
-        found["erase accuracy by kind"] = tables.category_table(study, "erase")
+        found["erase_accuracy_by_kind"] = tables.category_table(study, "erase")
     if pointing:
-        found["pointing game"] = tables.pointing_rows(pointing)
+        found["pointing_game"] = tables.pointing_rows(pointing)
     return found
 
 
 def pick_examples(study: Study, count: int) -> list[int]:
-    """Questions to draw: those answered correctly, from as many kinds and images as there are, with evidence first."""
+    """Questions to draw: one of each kind in turn, those answered correctly and with evidence first, at random else."""
     correct = np.asarray(study.clean.correct)
-    order = sorted(
-        range(len(study.questions)),
-        key=lambda row: (not correct[row], not study.questions[row].boxes),
-    )
-    picked: list[int] = []
-    while len(picked) < min(count, len(order)):
-        kinds: set[str] = set()
-        for row in order:
-            question = study.questions[row]
-            used = {study.questions[other].image for other in picked}
-            if row in picked or question.category in kinds or (question.image in used and len(used) < count):
-                continue
-            picked.append(row)
-            kinds.add(question.category)
-        if not kinds:
-            picked += [row for row in order if row not in picked]
-    return picked[:count]
+    shuffled = np.random.default_rng(0).permutation(len(study.questions)).tolist()
+    best_first = sorted(shuffled, key=lambda row: (not correct[row], not study.questions[row].boxes))
+    earlier: Counter[str] = Counter()
+    turn = {}
+    for row in best_first:
+        turn[row] = earlier[study.questions[row].category]
+        earlier[study.questions[row].category] += 1
+    return sorted(best_first, key=lambda row: turn[row])[:count]
 
 
 def _add_example(writer: SummaryWriter, study: Study, row: int) -> None:
@@ -120,11 +111,11 @@ def _add_example(writer: SummaryWriter, study: Study, row: int) -> None:
     question, tokens = study.questions[row], study.tokens[row]
     image: Image.Image = open_image(question.image)
     boxes: Sequence[Sequence[float]] = question.boxes or ()
-    tag = f"{question.category}, question {question.question_id}"
+    tag = f"{question.category}_question_{question.question_id}"
     distribution = np.asarray(image_distribution(study.attention[:, row]))
     for layer, values in enumerate(distribution):
         picture = overlay(image, values, tokens, boxes, f"layer {layer}   {question.text}  ({question.answer})")
-        writer.add_image(f"attention/{tag}", picture, layer, dataformats="HWC")
+        writer.add_image(f"attention_map/{tag}", picture, layer, dataformats="HWC")
     contrast = np.asarray(contrastive_attention(study.attention[:, row : row + 1], pre=0))[0]
     picture = overlay(image, contrast, tokens, boxes, f"last - layer 0   {question.text}  ({question.answer})")
-    writer.add_image(f"contrast/{tag}", picture, 0, dataformats="HWC")
+    writer.add_image(f"contrast_map/{tag}", picture, 0, dataformats="HWC")

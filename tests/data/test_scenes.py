@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from jaxmllm.data.digits import DigitBitmaps, load_digit_bitmaps
 from jaxmllm.data.scene_questions import (
     QUESTION_KINDS,
     VOCABULARY,
@@ -30,10 +31,8 @@ from jaxmllm.data.scenes import (
     DIGITS,
     KINDS,
     SHAPES,
-    DigitBitmaps,
     Scene,
     SceneObject,
-    load_digit_bitmaps,
     patch_targets,
     render,
     sample_scene,
