@@ -122,7 +122,7 @@ def study_file(
         tables.write_parquet(tables.question_rows(results), folder / "questions.parquet")
     print_study(console, results, curves, pointing)
     console.print(
-        f"{len(asked)} questions in {time.monotonic() - began:.0f} s. Look at the curves and maps with\n"
+        f"{len(asked)} questions in {time.monotonic() - began:.0f} s. Look at the curves (smoothing 0) and maps with\n"
         f"  tensorboard --logdir {logdir} --samples_per_plugin images=100\n"
         f"and at the numbers in {logdir / 'results.parquet'}."
     )

@@ -1,11 +1,11 @@
 """Trains the embedded model from scratch on generated scenes.
 
-    python scripts/train_demo_model.py --out runs/demo-model              # just under an hour on 2 cores; resumes
+    python scripts/train_demo_model.py --out runs/demo-model              # about an hour on 2 cores; resumes
     python scripts/train_demo_model.py --out runs/smoke --preset smoke   # a minute: few objects, two kinds of questions
 
 Stages. *vision*: the vision tower alone names what every patch shows, through heads that are thrown away later.
 *joint*: the whole model answers questions, with a curriculum from few objects to many, while the patch loss goes
-on at a lower weight. *settle* and *sharpen*: the same at full difficulty, with a lower rate, more of the hard kinds
+on at a lower weight. *settle*: the same at full difficulty, with a lower rate, more of the hard kinds
 of questions, and a vision tower that learns faster again.
 
 One sequence holds an image and several questions that cannot see each other, so that one image encoding supervises them
@@ -87,14 +87,12 @@ HARD_KINDS_MORE_OFTEN = WEIGHTS | {
     "colour": 0.7, "shape": 0.8, "digit": 1.8, "digit_colour": 1.2, "extreme": 1.8,
     "above_below": 0.8, "left_right": 2.0,
 }  # fmt: skip
-DIGITS_MORE_OFTEN = HARD_KINDS_MORE_OFTEN | {"digit": 4.0, "digit_colour": 1.5, "count": 1.6, "left_right": 0.8}
 EASY = {"colour": 1.0, "digit_colour": 1.0}
 PRESETS = {
     "full": (
         Stage("vision", 51_200, 32, 4e-3, ((0.0, (4, 7)),), 1.0, 1.0, WEIGHTS),
         Stage("joint", 57_600, 24, 2.5e-3, ((0.0, (1, 2)), (0.1, (2, 3)), (0.25, (2, 5))), 0.5, 0.15, WEIGHTS),
         Stage("settle", 43_200, 24, 1.5e-3, ((0.0, (2, 5)),), 0.5, 0.4, HARD_KINDS_MORE_OFTEN),
-        Stage("sharpen", 9_600, 24, 1e-3, ((0.0, (2, 5)),), 1.0, 0.7, DIGITS_MORE_OFTEN),
     ),
     "smoke": (
         Stage("vision", 3_200, 32, 4e-3, ((0.0, (4, 7)),), 1.0, 1.0, EASY),

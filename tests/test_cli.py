@@ -57,8 +57,8 @@ def test_tensorboard_and_parquet_hold_the_same_numbers(log):
     for curve, folder in (("erase", "erase"), ("blind:from", "blind_from"), ("early", "early")):
         shown = events(log / folder)
         for metric, tag in (
-            ("accuracy", "fusion/accuracy"),
-            ("log_probability", "fusion/answer_log_probability"),
+            ("accuracy", "accuracy/image_hidden_at_layer"),
+            ("log_probability", "answer_log_probability/image_hidden_at_layer"),
         ):
             scalars = shown.Scalars(tag)
             assert [scalar.step for scalar in scalars] == list(range(8))
@@ -72,7 +72,7 @@ def test_tensorboard_and_parquet_hold_the_same_numbers(log):
 def test_related_curves_share_a_chart(log):
     """One tag in several runs is one chart in TensorBoard."""
     for folder in ("erase", "blind_from", "early", "clean"):
-        assert "fusion/accuracy" in events(log / folder).Tags()["scalars"]
+        assert "accuracy/image_hidden_at_layer" in events(log / folder).Tags()["scalars"]
     kinds = sorted(path.name for path in log.glob("kind_*"))
     assert len(kinds) > 3
     for folder in kinds:

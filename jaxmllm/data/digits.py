@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +31,7 @@ class DigitBitmaps:
             raise InputError("every image must hold ink, between 0 and 1")
 
 
-def load_digit_bitmaps(split: Literal["train", "test"]) -> DigitBitmaps:
+def load_digit_bitmaps(split: str) -> DigitBitmaps:
     """The handwritten digits that come with scikit-learn, 80% of every class in "train", the rest in "test".
 
     The split is by sample and always the same, so the digits of a held-out scene are never drawn in training.

@@ -281,16 +281,6 @@ def majority_baseline(questions: Iterable[Question]) -> float:
     return best / sum(sum(tally.values()) for tally in tallies.values())
 
 
-def random_object_chance(scene: Scene, question: Question) -> float:
-    """Probability that an object drawn uniformly from the scene is evidence for the question; 0 without evidence."""
-    return sum(item.box in question.boxes for item in scene.objects) / len(scene.objects)
-
-
-def area_chance(question: Question) -> float:
-    """Fraction of the image's area inside the evidence boxes, which never overlap."""
-    return sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in question.boxes)
-
-
 def write_question_set(
     directory: str | Path,
     rng: np.random.Generator,

@@ -170,6 +170,6 @@ class Decoder(nnx.Module):
                 tap.captured[EARLY_LOGITS] = self.logits(gather_rows(hidden, row_index(early.rows, layout)))
             return hidden, tap.captured
 
-        # Recomputing a layer in the backward pass keeps gradients from storing its S x S weights; forward is unaffected.
+        # Recomputed in the backward pass, a layer need not store its S x S weights; forward is unaffected.
         step = jax.checkpoint(step)
         return jax.lax.scan(step, hidden, (jnp.arange(config.num_layers), params, resolved.layers))

@@ -1,8 +1,8 @@
 """Results in TensorBoard: a chart is a tag, a curve is a run, a step is a layer.
 
 Related curves are written as runs of their own that share a tag, because TensorBoard draws runs of one tag into one
-chart. So ``fusion/accuracy`` holds erase, blind, knockout and early output side by side, ``accuracy_by_kind/erase``
-holds the kinds of questions, and the image slider walks through the layers.
+chart. So ``accuracy/image_hidden_at_layer`` holds erase, blind, knockout and early output side by side,
+``accuracy_by_kind/erase`` holds the kinds of questions, and the image slider walks through the layers.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ def write_study(
     """
     for name in curves.accuracy:
         with SummaryWriter(str(logdir / name.replace(":", "_"))) as writer:
-            _add_curve(writer, "fusion/accuracy", curves.accuracy[name])
-            _add_curve(writer, "fusion/answer_log_probability", curves.log_probability[name])
+            _add_curve(writer, "accuracy/image_hidden_at_layer", curves.accuracy[name])
+            _add_curve(writer, "answer_log_probability/image_hidden_at_layer", curves.log_probability[name])
     with SummaryWriter(str(logdir / "clean")) as writer:
         # a level line in both charts, to read drops against
-        _add_curve(writer, "fusion/accuracy", np.full(study.num_layers, curves.clean_accuracy))
-        _add_curve(writer, "fusion/answer_log_probability", np.full(study.num_layers, curves.clean_log_probability))
+        _add_curve(writer, "accuracy/image_hidden_at_layer", np.full(study.num_layers, curves.clean_accuracy))
+        _add_curve(
+            writer,
+            "answer_log_probability/image_hidden_at_layer",
+            np.full(study.num_layers, curves.clean_log_probability),
+        )
     for category in study.categories:
         of_kind = curves_of(study, category)
         with SummaryWriter(str(logdir / f"kind_{category}")) as writer:

@@ -15,14 +15,13 @@ from PIL import Image
 
 from jaxmllm.data.digits import DigitBitmaps, load_digit_bitmaps
 from jaxmllm.data.scene_questions import (
+    EVEN_MIX,
     QUESTION_KINDS,
     VOCABULARY,
     Question,
-    area_chance,
     ask,
     ask_all,
     majority_baseline,
-    random_object_chance,
     write_question_set,
 )
 from jaxmllm.data.scenes import (
@@ -467,14 +466,10 @@ def test_ask_all_follows_the_weights_and_repeats_only_when_it_must(digits):
     assert len(many) == 60 and len({question.text for question in many}) == 11
 
 
-def test_baselines():
+def test_boxes_scale_and_the_majority_baseline_is_by_kind():
     scene = scene_of(*(shape("star", "red", x, y) for x, y in ((5, 5), (5, 40), (40, 5), (40, 40))))
     boxes = tuple(item.box for item in scene.objects)
     question = Question("count", "how many stars ?", "two", boxes[:2])
-    assert random_object_chance(scene, question) == 0.5
-    assert area_chance(question) == pytest.approx(2 * 400 / 84**2)
-    nothing = replace(question, boxes=())
-    assert random_object_chance(scene, nothing) == area_chance(nothing) == 0
     np.testing.assert_allclose(question.scaled(84)[0], (5, 5, 25, 25))
     np.testing.assert_allclose(question.scaled(168)[1], (10, 80, 50, 120))
     answers = [("count", "one"), ("count", "one"), ("count", "two"), ("presence", "yes"), ("presence", "no")]
@@ -553,7 +548,7 @@ def test_written_set_is_complete_and_small(tmp_path):
     rng = np.random.default_rng(6)
     for number in range(64):
         scene = sample_scene(rng, test_digits)
-        questions = ask_all(rng, scene, 8)
+        questions = ask_all(rng, scene, 8, EVEN_MIX)
         with Image.open(directory / "images" / f"{number:04d}.png") as image:
             np.testing.assert_array_equal(np.asarray(image), render(scene, 84))
         for record, question in zip(records[8 * number : 8 * number + 8], questions, strict=True):
@@ -578,3 +573,11 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, digits, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_question_set(tmp_path / "set", np.random.default_rng(0), digits, scenes=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_even_mix_asks_every_kind_about_equally_often(digits):
+    rng, counts = np.random.default_rng(3), Counter()
+    for _ in range(400):
+        counts.update(question.kind for question in ask_all(rng, sample_scene(rng, digits), 8, EVEN_MIX))
+    shares = np.array([counts[kind] for kind in QUESTION_KINDS]) / counts.total()
+    np.testing.assert_allclose(shares, 1 / 9, atol=0.02)
