@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ def load_processor(folder: Path, config: Any) -> Any:
             f"{folder}: cannot prepare images and questions without {' and '.join(missing)}; copy them from the "
             "checkpoint, or give forward() the arrays of a processor of your own"
         )
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # transformers advises to install torch and torchvision, which nothing here needs
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoProcessor
 
     try:
