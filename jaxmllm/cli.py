@@ -7,13 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxmllm.errors import JaxmllmError
+
+if TYPE_CHECKING:
+    from jaxmllm.analysis.study import Curves as StudyCurves
+    from jaxmllm.analysis.study import PointingTable, Study
 
 app = typer.Typer(
     help="Where does vision meet language? Multimodal LLMs in JAX, for interpretability.",
@@ -128,7 +132,7 @@ def study_file(
     )
 
 
-def print_study(console: Console, results, curves, pointing) -> None:  # type: ignore[no-untyped-def]
+def print_study(console: Console, results: Study, curves: StudyCurves, pointing: PointingTable | None) -> None:
     """The tables of a study, and the layers its rules name."""
     from jaxmllm.report import tables
 

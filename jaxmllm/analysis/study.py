@@ -114,8 +114,7 @@ def run_study(
             model.graphdef, model.params, model.as_inputs(prompts), jnp.asarray(prompts["answer_ids"]), branches
         )
         kept = len(set(rows))
-        parts.append(jax.tree.map(lambda leaf: np.asarray(leaf)[..., :kept], result[:3]))  # noqa: B023
-        parts[-1] = (*parts[-1], np.asarray(result[3])[:, :kept])
+        parts.append((*take_questions(result[:3], kept), np.asarray(result[3])[:, :kept]))
         tokens += token_boxes(model, [image.size for image in images[:kept]])
         on_progress(min(rows[-1] + 1, len(questions)))
     edited, clean, early = (
@@ -126,6 +125,11 @@ def run_study(
     by_curve = {name: take_branches(edited[kind], branches_of_it) for name, (kind, branches_of_it) in place.items()}
     evolution = np.asarray(attention_evolution(attention))
     return Study(tuple(questions), by_curve, clean, early, attention, evolution, tuple(tokens))
+
+
+def take_questions(scores: Any, count: int) -> Any:
+    """The first questions of a pytree of scores, as NumPy arrays."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[..., :count], scores)
 
 
 def take_branches(scores: Scores, branches: slice) -> Scores:

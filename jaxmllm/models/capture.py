@@ -105,7 +105,7 @@ class Capture:
         return cls((Site(EARLY_LOGITS, rows),))
 
 
-def row_index(rows: Rows, layout: Layout) -> Int[Array, "B R"]:
+def row_index(rows: str | tuple[int, ...], layout: Layout) -> Int[Array, "B R"]:
     """Sequence indices of the rows asked for.
 
     Raises:
@@ -120,6 +120,8 @@ def row_index(rows: Rows, layout: Layout) -> Int[Array, "B R"]:
         if layout.answer_positions is None:
             raise InputError("rows 'answer' need inputs with answer_positions (jaxmllm.processing.append_answers)")
         return layout.answer_positions
+    if isinstance(rows, str):
+        raise InputError(f"unknown rows {rows!r}; expected 'last', 'answer', 'all' or positions")
     outside = [row for row in rows if not 0 <= row < length]
     if outside:
         raise InputError(f"rows {outside} are outside the sequence of {length} positions (0..{length - 1})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class Output:
     captured: dict[str, Leaf]
 
 
-LogitsAt = Literal["all", "last", "answer"] | Int[Array, "B R"]
+LogitsAt = str | Int[Array, "B R"]  # "all", "last", "answer", or positions
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -96,7 +96,7 @@ def forward_named(
     graphdef: nnx.GraphDef, params: Params, inputs: Inputs, edits: Edits | None, capture: Capture, logits_at: str
 ) -> Output:
     """Compiled ``run`` with logits at named positions."""
-    return run(merge(graphdef, params), inputs, edits, capture, logits_at)  # type: ignore[arg-type]
+    return run(merge(graphdef, params), inputs, edits, capture, logits_at)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "capture"))

@@ -253,7 +253,7 @@ def test_bad_arguments_are_refused(digits, tmp_path):
         with pytest.raises(InputError, match="objects"):
             sample_scene(rng, digits, objects)
     with pytest.raises(InputError, match="split"):
-        load_digit_bitmaps("validation")  # type: ignore[arg-type]
+        load_digit_bitmaps("validation")
     with pytest.raises(InputError, match="images"):
         DigitBitmaps(digits.images[:, :7], digits.labels)
     with pytest.raises(InputError, match="labels"):
