@@ -87,7 +87,7 @@ HARD_KINDS_MORE_OFTEN = WEIGHTS | {
     "colour": 0.7, "shape": 0.8, "digit": 1.8, "digit_colour": 1.2, "extreme": 1.8,
     "above_below": 0.8, "left_right": 2.0,
 }  # fmt: skip
-EASY = {"colour": 1.0, "digit_colour": 1.0}
+EASY = {"colour": 1.0, "digit_colour": 1.0, "count": 0.2}  # every scene admits a count
 PRESETS = {
     "full": (
         Stage("vision", 51_200, 32, 4e-3, ((0.0, (4, 7)),), 1.0, 1.0, WEIGHTS),
@@ -165,16 +165,22 @@ def draw_example(rng: np.random.Generator, digits: DigitBitmaps, stage: Stage, o
 def batches(seed: int, stage_index: int, stage: Stage, steps: int, first: int) -> Iterator[Batch]:
     """Batches first..steps-1, drawn ahead in a thread."""
     digits = load_digit_bitmaps("train")
-    ready: queue.Queue[Batch] = queue.Queue(maxsize=8)
+    ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=8)
 
     def work() -> None:
-        for step in range(first, steps):
-            objects = [span for start, span in stage.objects if step >= start * steps][-1]
-            ready.put(draw_batch(np.random.default_rng([seed, stage_index, step]), digits, stage, objects))
+        try:
+            for step in range(first, steps):
+                objects = [span for start, span in stage.objects if step >= start * steps][-1]
+                ready.put(draw_batch(np.random.default_rng([seed, stage_index, step]), digits, stage, objects))
+        except Exception as error:  # raised again where the batch is awaited, which would else wait for ever
+            ready.put(error)
 
     threading.Thread(target=work, daemon=True).start()
     for _ in range(first, steps):
-        yield ready.get()
+        batch = ready.get()
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

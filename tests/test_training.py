@@ -21,8 +21,9 @@ def test_smoke_training_resumes_after_a_kill_and_beats_the_majority_baseline(tmp
     command = [sys.executable, "train_demo_model.py", "--out", tmp_path, "--preset", "smoke", "--save-every", "20"]
     first = subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     half_way = tmp_path / "checkpoints" / "1000040"  # step 40 of the second stage
+    deadline = time.monotonic() + 600
     while not half_way.exists():
-        assert first.poll() is None, "ended before it could be killed"
+        assert first.poll() is None and time.monotonic() < deadline, "did not come to be killed half way"
         time.sleep(0.1)
     first.kill()
     first.communicate()
