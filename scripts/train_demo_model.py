@@ -321,6 +321,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
 ) -> None:
     """Trains the embedded model and writes it as a Hugging Face folder to OUT/model."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
     stages = PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
