@@ -7,16 +7,18 @@ captures taken there, so the arithmetic below reads as the model's alone.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxmllm.models.capture import ATTENTION, EARLY_LOGITS, Capture, row_index
+from jaxmllm.models.attention import BLOCKED, KeyValue, attention, attention_rows
+from jaxmllm.models.capture import ATTENTION, EARLY_LOGITS, Capture, Site, row_index
 from jaxmllm.models.config import DecoderConfig
-from jaxmllm.models.edits import Edits, LayerEdits, ResolvedEdits, knockout_bias, resolve
-from jaxmllm.models.layers import BLOCKED, Builder, GatedMlp, attention, attention_rows, rope_tables, rotate
+from jaxmllm.models.edits import Edits, Hook, LayerEdits, knockout_bias, resolve
+from jaxmllm.models.layers import Builder, GatedMlp, rope_tables, rotate
 from jaxmllm.models.layout import Layout, gather_rows
 
 ERASE_SITE = "resid_pre"
@@ -27,50 +29,73 @@ BLIND_SITES = ("attn_in", "mlp_in")
 class Tap:
     """Stands at the sites of one layer: edits what passes, and keeps what was asked for.
 
-    Lives inside the trace of a single scan step; ``captured`` is that step's output.
+    Lives inside the trace of a single layer; ``captured`` is that layer's output. The layer may run over all positions
+    of the layout or over the run ``[start, stop)`` of them; what stands before the run is then met as past keys.
+
+    Attributes:
+      layer: its number.
+      edits: this layer's, over all positions of the layout.
+      queries_and_keys: what each knockout acts on, over all positions of the layout.
+      start, stop: the run.
     """
 
     layer: Int[Array, ""]
     edits: LayerEdits
-    resolved: ResolvedEdits
+    queries_and_keys: tuple[tuple[Float[Array, "B S"], Float[Array, "B S"]], ...]
+    hooks: tuple[tuple[str, Hook], ...]
     capture: Capture
     layout: Layout
+    start: int
+    stop: int
     captured: dict[str, Array] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, site: str, value: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, site: str, value: Float[Array, "B run D"]) -> Float[Array, "B run D"]:
         keep = self.edits.erase if site == ERASE_SITE else self.edits.blind if site in BLIND_SITES else None
         if keep is not None:
-            value = value * keep[..., None].astype(value.dtype)
+            value = value * keep[:, self.start : self.stop, None].astype(value.dtype)
         value = self.run_hooks(site, value)
         wanted = self.capture.site(site)
         if wanted is not None:
-            whole = wanted.rows == "all"
-            self.captured[site] = value if whole else gather_rows(value, row_index(wanted.rows, self.layout))
+            self.captured[site] = value if wanted.rows == "all" else gather_rows(value, self.rows(wanted))
         return value
 
     def run_hooks(self, site: str, value: Array) -> Array:
-        for name, hook in self.resolved.hooks:
+        for name, hook in self.hooks:
             if name == site:
                 value = hook(value, self.layer)
         return value
 
-    def bias(self) -> Float[Array, "B 1 S S"]:
-        """Additive attention bias of this layer: causality, padding and knockouts."""
-        blocked = jnp.where(self.layout.may_attend, 0.0, BLOCKED)
-        return (blocked + knockout_bias(self.edits.knockout, self.resolved.queries_and_keys))[:, None]
+    def rows(self, wanted: Site) -> Int[Array, "B R"]:
+        """The rows a site asks for, counted from the start of the run."""
+        return row_index(wanted.rows, self.layout) - self.start
 
-    def heads(self, value: Float[Array, "B S H E"]) -> Float[Array, "B S H E"]:
-        if self.edits.head_scale is not None:
-            value = value * self.edits.head_scale[:, None].astype(value.dtype)
-        return self.run_hooks("z", value)
+    def bias(self, rows: Int[Array, "#B R"], seen: int) -> Float[Array, "#B R seen"]:
+        """Additive attention bias of query positions to the first keys: causality, padding and knockouts."""
+        blocked = jnp.where(self.layout.may_attend(rows, seen), 0.0, BLOCKED)
+        near = tuple(
+            (jnp.take_along_axis(queries, rows, axis=1), keys[:, :seen]) for queries, keys in self.queries_and_keys
+        )
+        return blocked + knockout_bias(self.edits.knockout, near)
 
-    def attention(self, query: Array, key: Array, bias: Float[Array, "B 1 S S"]) -> None:
-        """Recomputes the attention weights of the rows asked for and keeps them."""
+    def attend(self, query: Array, own: KeyValue, past: Sequence[KeyValue]) -> Float[Array, "B run H E"]:
+        """Attention of the run to what it may see; the weights of the rows asked for are computed apart and kept."""
+
+        def bias_of(start: int, stop: int, seen: int) -> Array:
+            return self.bias(jnp.arange(self.start + start, self.start + stop)[None], seen)
+
         wanted = self.capture.site(ATTENTION)
-        if wanted is None:
-            return
-        rows = row_index(wanted.rows, self.layout)
-        weights = attention_rows(gather_rows(query, rows), key, gather_rows(bias[:, 0], rows)[:, None])
+        if wanted is not None:
+            rows = self.rows(wanted)
+            parts = (*past, own)
+            self.keep_attention(
+                wanted, attention_rows(gather_rows(query, rows), parts, self.bias(rows + self.start, self.stop))
+            )
+        mixed = attention(query, own, past, bias_of, causal=self.layout.mask is None)
+        if self.edits.head_scale is not None:
+            mixed = mixed * self.edits.head_scale[:, None].astype(mixed.dtype)
+        return self.run_hooks("z", mixed)
+
+    def keep_attention(self, wanted: Site, weights: Float[Array, "B H R T"]) -> None:
         if wanted.heads == "mean":
             weights = weights.mean(axis=1)
         if wanted.keys == "image":
@@ -79,6 +104,9 @@ class Tap:
             index = index.reshape(index.shape[0], *middle, -1)
             weights = jnp.take_along_axis(weights, index, axis=-1) * filled.reshape(index.shape)
         self.captured[ATTENTION] = weights
+
+
+Rope = tuple[Float[Array, "B run E"], Float[Array, "B run E"]]
 
 
 class SelfAttention(nnx.Module):
@@ -92,18 +120,19 @@ class SelfAttention(nnx.Module):
         self.out = build.linear(config.num_heads * width, config.hidden_size, config.out_bias)
         self.head_dim = width
 
+    def split(self, projected: Float[Array, "B run F"]) -> Float[Array, "B run heads E"]:
+        return projected.reshape(*projected.shape[:2], -1, self.head_dim)
+
+    def keys(self, hidden: Float[Array, "B run D"], rope: Rope) -> KeyValue:
+        """What later positions see of these."""
+        return KeyValue(rotate(self.split(self.key(hidden)), rope), self.split(self.value(hidden)))
+
     def __call__(
-        self, hidden: Float[Array, "B S D"], rope: tuple[Float[Array, "B S E"], Float[Array, "B S E"]], tap: Tap
-    ) -> Float[Array, "B S D"]:
-        batch, length, _ = hidden.shape
-        split = (batch, length, -1, self.head_dim)
-        query = rotate(self.query(hidden).reshape(split), rope)
-        key = rotate(self.key(hidden).reshape(split), rope)
-        value = self.value(hidden).reshape(split)
-        bias = tap.bias()
-        tap.attention(query, key, bias)
-        mixed = tap.heads(attention(query, key, value, bias))
-        return self.out(mixed.reshape(batch, length, -1))
+        self, hidden: Float[Array, "B run D"], rope: Rope, tap: Tap, past: Sequence[KeyValue]
+    ) -> tuple[Float[Array, "B run D"], KeyValue]:
+        query, own = rotate(self.split(self.query(hidden)), rope), self.keys(hidden, rope)
+        mixed = tap.attend(query, own, past)
+        return self.out(mixed.reshape(*hidden.shape[:2], -1)), own
 
 
 class DecoderLayer(nnx.Module):
@@ -116,13 +145,18 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMlp(config, build)
 
     def __call__(
-        self, hidden: Float[Array, "B S D"], rope: tuple[Float[Array, "B S E"], Float[Array, "B S E"]], tap: Tap
-    ) -> Float[Array, "B S D"]:
+        self, hidden: Float[Array, "B run D"], rope: Rope, tap: Tap, past: Sequence[KeyValue] = ()
+    ) -> tuple[Float[Array, "B run D"], KeyValue]:
+        """The next layer's input at the positions of the run, and the keys and values that later runs will see."""
         hidden = tap("resid_pre", hidden)
-        attended = self.attention(tap("attn_in", self.attention_norm(hidden)), rope, tap)
+        attended, own = self.attention(tap("attn_in", self.attention_norm(hidden)), rope, tap, past)
         hidden = tap("resid_mid", hidden + tap("attn_out", attended))
         transformed = self.mlp(tap("mlp_in", self.mlp_norm(hidden)))
-        return tap("resid_post", hidden + tap("mlp_out", transformed))
+        return tap("resid_post", hidden + tap("mlp_out", transformed)), own
+
+    def keys(self, hidden: Float[Array, "B run D"], rope: Rope, tap: Tap) -> KeyValue:
+        """The keys and values alone, for positions whose output nothing reads."""
+        return self.attention.keys(tap("attn_in", self.attention_norm(tap("resid_pre", hidden))), rope)
 
 
 class Decoder(nnx.Module):
@@ -163,8 +197,8 @@ class Decoder(nnx.Module):
 
         def step(hidden: Array, layer: tuple) -> tuple[Array, dict[str, Array]]:
             index, layer_params, layer_edits = layer
-            tap = Tap(index, layer_edits, resolved, capture, layout)
-            hidden = nnx.merge(graphdef, layer_params)(hidden, rope, tap)
+            tap = Tap(index, layer_edits, resolved.queries_and_keys, resolved.hooks, capture, layout, 0, layout.length)
+            hidden, _ = nnx.merge(graphdef, layer_params)(hidden, rope, tap)
             early = capture.site(EARLY_LOGITS)
             if early is not None:
                 tap.captured[EARLY_LOGITS] = self.logits(gather_rows(hidden, row_index(early.rows, layout)))

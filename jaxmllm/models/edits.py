@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmllm.errors import InputError
-from jaxmllm.models.layers import BLOCKED, Leaf
+from jaxmllm.models.attention import BLOCKED
+from jaxmllm.models.layers import Leaf
 from jaxmllm.models.layout import Layout, Role
 
 OPEN_END = np.iinfo(np.int32).max

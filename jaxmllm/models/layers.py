@@ -1,4 +1,4 @@
-"""Blocks that every model shares: activations, norms, multi-layer perceptrons, rotary embedding, attention.
+"""Blocks that every model shares: activations, norms, multi-layer perceptrons, rotary embedding.
 
 Axis letters, here and in all of ``jaxmllm.models``: B examples, S sequence positions, T key positions, D model width,
 L decoder layers, H query heads, K key-value heads, E width of a head, V vocabulary, I images, N image tokens of an
@@ -124,33 +124,6 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
-
-
-# Score of a query-key pair that may not attend: far below any real score, yet finite, so that a row in which
-# everything is blocked gives a distribution rather than NaN, and so that two of them can be added in float32.
-BLOCKED = float(np.finfo(np.float32).min) / 4
-
-
-def attention(
-    query: Float[Array, "B S H E"],
-    key: Float[Array, "B T K E"],
-    value: Float[Array, "B T K E"],
-    bias: Float[Array, "B #H S T"] | None,
-) -> Float[Array, "B S H E"]:
-    """Grouped-query attention with an additive float32 bias; softmax in float32, scores scaled by ``E ** -0.5``."""
-    return jax.nn.dot_product_attention(query, key, value, bias=bias)
-
-
-def attention_rows(
-    query: Float[Array, "B R H E"], key: Float[Array, "B T K E"], bias: Float[Array, "B #H R T"]
-) -> Float[Array, "B H R T"]:
-    """The attention weights of a few query rows, in float32: softmax of scaled scores plus bias."""
-    batch, rows, heads, width = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, rows, kv_heads, heads // kv_heads, width).astype(jnp.float32)
-    scores = jnp.einsum("brkge,btke->bkgrt", grouped, key.astype(jnp.float32)) * width**-0.5
-    scores = scores.reshape(batch, heads, rows, -1) + bias
-    return jax.nn.softmax(scores, axis=-1)
 
 
 def rope_frequencies(

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxmllm.errors import InputError
 from jaxmllm.models.layers import Leaf
@@ -25,7 +25,8 @@ class Layout:
       image ``[B, S]``: positions that hold image features.
       valid ``[B, S]``: positions that are not padding.
       positions ``[B, S]``: rotary position of every token; padding does not count.
-      may_attend ``[B, S, S]``: whether query position s may attend to key position t.
+      mask ``[B, S, S]``: whether query position s may attend to key position t, where a caller says so; ``None`` is
+        the causal order with padding left out, which is never spelled out as a square.
       answer_positions ``[B, A]``: positions that predict the tokens of an answer that follows the prompt, if one does.
       max_image_tokens: the largest number of image tokens in a sequence, or an upper bound of it.
     """
@@ -33,17 +34,21 @@ class Layout:
     image: Leaf
     valid: Leaf
     positions: Leaf
-    may_attend: Leaf
+    mask: Leaf | None
     answer_positions: Leaf | None
     max_image_tokens: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def length(self) -> int:
+        """S, the number of sequence positions."""
+        return self.valid.shape[-1]
 
     @property
     def last(self) -> Int[Array, " B"]:
         """Index of the last prompt token, the one that predicts the answer: by default the last that is no padding."""
         if self.answer_positions is not None:
             return self.answer_positions[:, 0]
-        length = self.valid.shape[-1]
-        return length - 1 - jnp.argmax(self.valid[:, ::-1], axis=-1)
+        return self.length - 1 - jnp.argmax(self.valid[:, ::-1], axis=-1)
 
     def role(self, name: Role) -> Bool[Array, "B S"]:
         """The positions that play a part.
@@ -67,10 +72,17 @@ class Layout:
             case "question":
                 return text & seen_image
             case "last":
-                return jnp.arange(self.valid.shape[-1]) == self.last[:, None]
+                return jnp.arange(self.length) == self.last[:, None]
             case "all":
                 return self.valid
         raise InputError(f"unknown role {name!r}; expected one of {', '.join(ROLES)}")
+
+    def may_attend(self, rows: Int[Array, "#B R"], seen: int) -> Bool[Array, "B R seen"]:
+        """Whether the query positions ``rows`` may attend to each of the first ``seen`` key positions."""
+        if self.mask is not None:
+            batch = self.valid.shape[0]
+            return gather_rows(self.mask, jnp.broadcast_to(rows, (batch, rows.shape[-1])))[..., :seen]
+        return (jnp.arange(seen) <= rows[..., None]) & self.valid[:, None, :seen]
 
     def image_index(self) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
         """Sequence index of each image token in order, and which of the N slots are filled."""
@@ -97,27 +109,25 @@ def make_layout(
       answer_positions: see ``Inputs``.
       max_image_tokens: static bound on the number of image tokens in a sequence.
     """
-    length = input_ids.shape[-1]
     if attention_mask.ndim == 4:
         mask = attention_mask[:, 0]
-        may_attend = mask if mask.dtype == jnp.bool_ else mask >= 0
-        valid = jnp.any(may_attend, axis=-1)
+        mask = mask if mask.dtype == jnp.bool_ else mask >= 0
+        valid = jnp.any(mask, axis=-1)
     else:
+        mask = None
         valid = attention_mask.astype(bool)
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        may_attend = causal & valid[:, None, :]
     if position_ids is None:
         position_ids = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
     return Layout(
         image=(input_ids == image_token_id) & valid,
         valid=valid,
         positions=position_ids,
-        may_attend=may_attend,
+        mask=mask,
         answer_positions=answer_positions,
         max_image_tokens=max_image_tokens,
     )
 
 
-def gather_rows(values: Float[Array, "B S *rest"], rows: Int[Array, "B R"]) -> Float[Array, "B R *rest"]:
+def gather_rows(values: Shaped[Array, "B S *rest"], rows: Int[Array, "B R"]) -> Shaped[Array, "B R *rest"]:
     """Picks R sequence positions of every example."""
     return jax.vmap(lambda value, row: value[row])(values, rows)

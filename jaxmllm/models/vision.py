@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxmllm.models.attention import KeyValue, attention
 from jaxmllm.models.config import VisionConfig
-from jaxmllm.models.layers import Builder, Mlp, attention
+from jaxmllm.models.layers import Builder, Mlp
 
 
 def patchify(pixels: Float[Array, "I C Y X"], patch: int) -> Float[Array, "I P F"]:
@@ -33,7 +34,7 @@ class VisionAttention(nnx.Module):
         images, length, width = hidden.shape
         split = (images, length, self.num_heads, -1)
         query, key, value = (part(hidden).reshape(split) for part in (self.query, self.key, self.value))
-        return self.out(attention(query, key, value, None).reshape(images, length, width))
+        return self.out(attention(query, KeyValue(key, value)).reshape(images, length, width))
 
 
 class VisionLayer(nnx.Module):

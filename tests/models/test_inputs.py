@@ -422,7 +422,8 @@ def test_image_index_lists_the_image_tokens_in_order(layout):
 
 def test_nobody_sees_the_future_or_padding(layout):
     valid = np.array([row[1] for row in ROWS], bool)
-    np.testing.assert_array_equal(np.asarray(layout.may_attend), causal(valid)[:, 0])
+    rows = jnp.arange(valid.shape[1])[None]
+    np.testing.assert_array_equal(np.asarray(layout.may_attend(rows, valid.shape[1])), causal(valid)[:, 0])
 
 
 def test_with_an_answer_the_last_prompt_token_is_the_one_that_predicts_its_first():
