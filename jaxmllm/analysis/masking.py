@@ -18,12 +18,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxmllm.analysis.edits import blind_image, erase_image, from_layer, knockout, stack_edits, up_to_layer, window
+from jaxmllm.analysis.scores import Scores, score
 from jaxmllm.errors import InputError
 from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import ATTENTION, EARLY_LOGITS, Capture, row_index
 from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs
-from jaxmllm.models.layers import Leaf
 from jaxmllm.models.layout import gather_rows
 from jaxmllm.processing import append_answers, encode_answers
 
@@ -34,22 +34,6 @@ EDIT_MAKERS: dict[str, Callable[[Any], Edits]] = {
     "blind": blind_image,
     "knockout": knockout,
 }
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """How well a reference answer is predicted; every leaf has the same leading axes, written ``...``.
-
-    Attributes:
-      log_probability: of the whole answer, natural logarithm, summed over its tokens.
-      correct: whether greedy decoding would give every token of the answer.
-      rank: of the answer's first token among all tokens; 0 is the first.
-    """
-
-    log_probability: Leaf
-    correct: Leaf
-    rank: Leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,20 +86,6 @@ def layer_edits(edits: str, scope: Scope, num_layers: int) -> list[Edits]:
         half = scope // 2
         return [make(window(max(0, i - half), min(num_layers, i + half + 1))) for i in layers]
     raise InputError(f"unknown scope {scope!r}; expected 'single', 'from', 'up_to' or an odd number of layers")
-
-
-def score(logits: Float[Array, "*axes A V"], answer_ids: Int[Array, "#B A"]) -> Scores:
-    """Scores of an answer from the logits at the positions that predict its tokens; -1 in ``answer_ids`` is padding."""
-    there = answer_ids >= 0
-    wanted = jnp.maximum(answer_ids, 0)[..., None]
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    token = jnp.take_along_axis(log_probabilities, jnp.broadcast_to(wanted, (*logits.shape[:-1], 1)), axis=-1)
-    right = logits.argmax(axis=-1) == answer_ids
-    return Scores(
-        log_probability=jnp.sum(jnp.where(there, token[..., 0], 0.0), axis=-1),
-        correct=jnp.all(right | ~there, axis=-1),
-        rank=jnp.sum(log_probabilities[..., 0, :] > token[..., 0, :], axis=-1),
-    )
 
 
 CLEAN_CAPTURE = Capture.attention(rows="last", keys="image") | Capture.early_output(rows="answer")

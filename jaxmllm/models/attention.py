@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxmllm.models.layers import Leaf
 
 # Score of a query-key pair that may not attend: far below any real score, yet finite, so that a row in which
-# everything is blocked gives a distribution rather than NaN, and so that two of them can be added in float32.
+# everything is blocked gives a distribution rather than NaN, and so that three of them can be added in float32.
 BLOCKED = float(np.finfo(np.float32).min) / 4
 
 # Queries a chunk. Measured on a CPU: 128 keeps a head's scores in cache at S from 600 to 3,000.

@@ -71,7 +71,9 @@ class Tap:
 
     def bias(self, rows: Int[Array, "#B R"], seen: int) -> Float[Array, "#B R seen"]:
         """Additive attention bias of query positions to the first keys: causality, padding and knockouts."""
-        blocked = jnp.where(self.layout.may_attend(rows, seen), 0.0, BLOCKED)
+        # Lower than what a knockout leaves, so that where everything visible is knocked out, the future and padding
+        # still get nothing.
+        blocked = jnp.where(self.layout.may_attend(rows, seen), 0.0, 2 * BLOCKED)
         near = tuple(
             (jnp.take_along_axis(queries, rows, axis=1), keys[:, :seen]) for queries, keys in self.queries_and_keys
         )

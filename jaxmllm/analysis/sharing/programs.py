@@ -1,0 +1,145 @@
+"""The compiled functions of the fast sweep. Their number does not grow with layers, branches or questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxmllm.analysis.scores import Scores, score
+from jaxmllm.models import forward as pure
+from jaxmllm.models.attention import KeyValue
+from jaxmllm.models.capture import Capture
+from jaxmllm.models.config import DecoderConfig
+from jaxmllm.models.decoder import Tap
+from jaxmllm.models.edits import LayerEdits
+from jaxmllm.models.layers import Leaf, rope_tables
+from jaxmllm.models.layout import Layout, gather_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RunEdits:
+    """The edits of one layer on one run of slots.
+
+    Attributes:
+      erase, blind: pairs of a gate ``[]`` and weights ``[n, S]``.
+      knockout: triples of a gate, query weights and key weights.
+      head_scale ``[H]``: factors on heads, or ``None``.
+    """
+
+    erase: tuple[tuple[Leaf, Leaf], ...] = ()
+    blind: tuple[tuple[Leaf, Leaf], ...] = ()
+    knockout: tuple[tuple[Leaf, Leaf, Leaf], ...] = ()
+    head_scale: Leaf | None = None
+
+    def of_layer(self) -> LayerEdits:
+        return LayerEdits(
+            erase=_keep(self.erase),
+            blind=_keep(self.blind),
+            knockout=tuple(gate for gate, _, _ in self.knockout),
+            head_scale=self.head_scale,
+        )
+
+
+def _keep(masks: tuple[tuple[Array, Array], ...]) -> Array | None:
+    return math.prod(1.0 - gate * weights for gate, weights in masks) if masks else None  # type: ignore[return-value]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "start", "stop", "capture", "keys_alone"))
+def run_layer(
+    graphdef: nnx.GraphDef,
+    params: pure.Params,
+    layer: Int[Array, ""],
+    hidden: Float[Array, "n run D"],
+    past: tuple[KeyValue, ...],
+    layout: Layout,
+    edits: RunEdits,
+    *,
+    config: DecoderConfig,
+    start: int,
+    stop: int,
+    capture: Capture,
+    keys_alone: bool,
+) -> tuple[Float[Array, "n run D"], KeyValue, dict[str, Array]]:
+    """One decoder layer over the run ``[start, stop)`` of the slots.
+
+    Args:
+      graphdef: of a decoder layer.
+      params: of this layer.
+      layer: its number.
+      hidden: the run's residual stream.
+      past: keys and values of the slots before the run, in order.
+      layout: of the slots.
+      edits: of this layer.
+      config: of the decoder.
+      start, stop: the run.
+      capture: what to keep of it.
+      keys_alone: compute keys and values only; ``hidden`` comes back as it is.
+
+    Returns:
+      The next layer's input, keys and values of the run, what was captured.
+    """
+    module = nnx.merge(graphdef, nnx.State(params))
+    rope = rope_tables(config.rope, config.head_dim, layout.positions[:, start:stop])
+    acting = tuple((queries, keys) for _, queries, keys in edits.knockout)
+    tap = Tap(layer, edits.of_layer(), acting, (), capture, layout, start, stop)
+    if keys_alone:
+        return hidden, module.keys(hidden, rope, tap), {}
+    hidden, own = module(hidden, rope, tap, past)
+    return hidden, own, tap.captured
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def embed(
+    graphdef: nnx.GraphDef,
+    params: pure.Params,
+    ids: Int[Array, "n T"],
+    features: Int[Array, "n T"],
+    images: Float[Array, "I N D"] | None,
+) -> Float[Array, "n T D"]:
+    """Token embeddings, with image feature number ``features`` (of all images, -1 for text) in place."""
+    embedded = pure.merge(graphdef, params).decoder.embed(ids)
+    if images is None:
+        return embedded
+    placed = images.reshape(-1, images.shape[-1])[jnp.maximum(features, 0)].astype(embedded.dtype)
+    return jnp.where((features >= 0)[..., None], placed, embedded)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "start"))
+def read_answer(
+    graphdef: nnx.GraphDef,
+    params: pure.Params,
+    hidden: Float[Array, "B T D"],
+    places: Int[Array, "B A"],
+    answer_ids: Int[Array, "B A"],
+    *,
+    start: int,
+) -> Scores:
+    """Scores ``[B]`` of the answers, read through final norm and head from a layer's output at the slots ``places``,
+    of which ``hidden`` begins with slot ``start``."""
+    logits = pure.merge(graphdef, params).decoder.logits(gather_rows(hidden, places - start))
+    return score(logits, answer_ids)
+
+
+@jax.jit
+def take_layer(stacked: pure.Params, layer: Int[Array, ""]) -> pure.Params:
+    """One layer's params."""
+    return jax.tree.map(lambda leaf: leaf[layer], stacked)
+
+
+@jax.jit
+def take_rows(tree: Leaf, rows: Int[Array, " B"]) -> Leaf:
+    """Rows of every leaf, in any number and order."""
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+@functools.partial(jax.jit, static_argnames=("start", "stop"))
+def take_slice(tree: Leaf, *, start: int, stop: int) -> Leaf:
+    """Positions ``[start, stop)`` of every leaf ``[n, T, ...]``."""
+    return jax.tree.map(lambda leaf: leaf[:, start:stop], tree)
