@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxmllm.analysis.masking import SweepResult, sweep
+    from jaxmllm.analysis.sweeping import SweepResult, sweep
     from jaxmllm.errors import CheckpointError, ConfigError, InputError, JaxmllmError, ProcessorError
     from jaxmllm.model import Model, load
     from jaxmllm.models.capture import Capture
@@ -28,9 +28,9 @@ _HOMES = {
     "Model": "jaxmllm.model",
     "Output": "jaxmllm.models.forward",
     "ProcessorError": "jaxmllm.errors",
-    "SweepResult": "jaxmllm.analysis.masking",
+    "SweepResult": "jaxmllm.analysis.sweeping",
     "load": "jaxmllm.model",
-    "sweep": "jaxmllm.analysis.masking",
+    "sweep": "jaxmllm.analysis.sweeping",
 }
 
 __all__ = [

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -52,6 +53,15 @@ class Model:
     def num_heads(self) -> int:
         """Query heads of a decoder layer, H."""
         return self.config.text.num_heads
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        """What the model computes in."""
+
+        def embed(params: pure.Params) -> Array:
+            return pure.merge(self.graphdef, params).decoder.embed(jnp.zeros((1, 1), jnp.int32))
+
+        return jax.eval_shape(embed, self.params).dtype
 
     @functools.cached_property
     def processor(self) -> Any:

@@ -22,8 +22,8 @@ from jaxmllm.analysis.edits import (
 )
 from jaxmllm.analysis.fusion import fusion_layers, review_layer
 from jaxmllm.analysis.geometry import TokenBoxes, token_boxes
-from jaxmllm.analysis.masking import SweepResult, sweep
 from jaxmllm.analysis.pointing import attention_mass, chance, pointing_hit
+from jaxmllm.analysis.sweeping import SweepResult, sweep
 
 __all__ = [
     "SweepResult",

@@ -1,12 +1,11 @@
 """Layer-wise visual masking: how much does an answer suffer when the image is hidden at each layer?
 
-The plain form: every branch (one layer's edit) runs the whole decoder. The image is encoded once for all branches, and
-branches run one after another under ``lax.map``, so memory does not grow with their number.
+A branch is one edit, of one layer or window. This is the plain way to run many of them: edit all, run all. The fast way
+(``jaxmllm.analysis.sweeping``) has to agree with it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,18 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxmllm.analysis.edits import blind_image, erase_image, from_layer, knockout, stack_edits, up_to_layer, window
-from jaxmllm.analysis.scores import Scores, score
+from jaxmllm.analysis.scores import BlockScores, Scores, score
 from jaxmllm.errors import InputError
 from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import ATTENTION, EARLY_LOGITS, Capture, row_index
 from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs
 from jaxmllm.models.layout import gather_rows
-from jaxmllm.processing import append_answers, encode_answers
 
 Scope = str | int  # "single", "from", "up_to", or the width of a window
 
@@ -34,30 +31,6 @@ EDIT_MAKERS: dict[str, Callable[[Any], Edits]] = {
     "blind": blind_image,
     "knockout": knockout,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepResult:
-    """A masking sweep over one batch of questions.
-
-    Attributes:
-      layers: the layer of each branch.
-      edited: scores ``[branches, B]``.
-      clean: scores ``[B]`` of the unedited model.
-      early: scores ``[L, B]`` of the answer read from every layer's output (early output).
-      attention: ``[L, B, N]``: head-mean attention of the last prompt token to the image tokens in the clean pass.
-    """
-
-    layers: tuple[int, ...]
-    edited: Scores
-    clean: Scores
-    early: Scores
-    attention: Float[np.ndarray, "L B N"]
-
-    @property
-    def drop(self) -> Float[np.ndarray, " branches"]:
-        """Accuracy lost by layer, 0..1."""
-        return np.asarray(self.clean.correct).mean() - np.asarray(self.edited.correct).mean(axis=-1)
 
 
 def layer_edits(edits: str, scope: Scope, num_layers: int) -> list[Edits]:
@@ -93,13 +66,16 @@ CLEAN_CAPTURE = Capture.attention(rows="last", keys="image") | Capture.early_out
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def sweep_batch(
-    graphdef: nnx.GraphDef,
+    graphdef: Any,
     params: pure.Params,
     inputs: Inputs,
     answer_ids: Int[Array, "B A"],
     branches: Mapping[str, Edits],
 ) -> tuple[dict[str, Scores], Scores, Scores, Float[Array, "L B N"]]:
-    """Clean pass with its captures, then every branch.
+    """The plain sweep: clean pass with its captures, then the whole decoder for every branch.
+
+    The image is encoded once for all branches, and branches run one after another under ``lax.map``, so memory does not
+    grow with their number.
 
     Args:
       graphdef: of the model.
@@ -127,41 +103,18 @@ def sweep_batch(
     return edited, score(answer_logits(hidden), answer_ids), score(captured[EARLY_LOGITS], answer_ids), attention
 
 
-def sweep(
-    model: Any,
-    inputs: Mapping[str, Any],
-    targets: Sequence[str],
-    edits: str | Sequence[Edits] = "erase",
-    scope: Scope = "single",
-    params: pure.Params | None = None,
-) -> SweepResult:
-    """Hides the image at every layer in turn and scores the reference answers.
-
-    Args:
-      model: a loaded model.
-      inputs: prompts, from ``model.prepare``.
-      targets: the reference answer of each question.
-      edits: ``erase``, ``blind``, ``knockout``, or edits of your own, one a branch and all of one structure.
-      scope: which layers each branch edits; see ``layer_edits``.
-      params: weights to use instead of ``model.params``.
-
-    Raises:
-      InputError, ProcessorError: edits, inputs or answers that do not fit.
-
-    Source: arXiv 2601.08151, part 1 (layer-wise visual masking, attention evolution, early output).
-    """
-    branches = layer_edits(edits, scope, model.num_layers) if isinstance(edits, str) else list(edits)
-    for branch in branches:
-        branch.check(model.num_layers)
-    prompts = append_answers(inputs, encode_answers(model.processor, targets))
-    edited, clean, early, attention = jax.tree.map(
-        np.asarray,
-        sweep_batch(
-            model.graphdef,
-            model.params if params is None else params,
-            model.as_inputs(prompts),
-            jnp.asarray(prompts["answer_ids"]),
-            {"sweep": stack_edits(branches)},
-        ),
+def run_plain(
+    model: Any, params: pure.Params, inputs: Inputs, answer_ids: Int[np.ndarray, "R A"], branches: Sequence[Edits]
+) -> BlockScores:
+    """Clean pass and every branch over all questions in one batch; branches may be of unlike kinds."""
+    alike: dict[Any, list[int]] = {}
+    for number, edits in enumerate(branches):
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(edits)]
+        alike.setdefault((jax.tree.structure(edits), *shapes), []).append(number)
+    stacks = {str(place): stack_edits([branches[n] for n in numbers]) for place, numbers in enumerate(alike.values())}
+    by_stack, clean, early, attention = jax.tree.map(
+        np.asarray, sweep_batch(model.graphdef, params, inputs, jnp.asarray(answer_ids), stacks)
     )
-    return SweepResult(tuple(range(len(branches))), edited["sweep"], clean, early, attention)
+    order = np.argsort(np.concatenate([np.array(numbers, int) for numbers in alike.values()]))
+    edited = jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *[by_stack[name] for name in stacks])
+    return BlockScores(edited, clean, early, attention)

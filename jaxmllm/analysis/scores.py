@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmllm.models.layers import Leaf
@@ -25,6 +27,33 @@ class Scores:
     log_probability: Leaf
     correct: Leaf
     rank: Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockScores:
+    """Scores of some questions under some branches, in order; R is the number of questions.
+
+    Attributes:
+      edited ``[branches, R]``, clean ``[R]``.
+      early ``[L, R]``: the answer read from every layer's output (early output).
+      attention ``[L, R, N]``: head-mean attention of the last prompt token to the image tokens in the clean pass.
+    """
+
+    edited: Scores
+    clean: Scores
+    early: Scores
+    attention: Float[np.ndarray, "L R N"]
+
+
+def join_scores(blocks: Sequence[BlockScores]) -> BlockScores:
+    """Scores of several blocks, one after another."""
+    edited, clean, early = (
+        jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *(getattr(block, name) for block in blocks))
+        for name in ("edited", "clean", "early")
+    )
+    width = max(block.attention.shape[-1] for block in blocks)
+    attention = [np.pad(block.attention, ((0, 0), (0, 0), (0, width - block.attention.shape[-1]))) for block in blocks]
+    return BlockScores(edited, clean, early, np.concatenate(attention, axis=1))
 
 
 def score(logits: Float[Array, "*axes A V"], answer_ids: Int[Array, "#B A"]) -> Scores:

@@ -29,7 +29,6 @@ from jaxmllm.analysis.sharing.segments import Lane, find_rows, make_lanes
 from jaxmllm.analysis.sharing.shapes import Shapes
 from jaxmllm.analysis.sharing.touch import settle
 from jaxmllm.errors import InputError
-from jaxmllm.models import forward as pure
 from jaxmllm.models.attention import QUERY_CHUNK
 from jaxmllm.models.config import DecoderConfig
 from jaxmllm.models.edits import Edits
@@ -156,7 +155,7 @@ def plan_sweep(
             break
         if rows == 1:
             raise InputError(
-                f"a sweep needs {gigabytes(budget - left)} for a single question and the budget is {gigabytes(budget)}; "
+                f"a sweep needs {gigabytes(budget - left)} for one question and the budget is {gigabytes(budget)}; "
                 "raise the budget, use a smaller dtype, or sweep fewer edits at a time"
             )
         rows //= 2
@@ -184,11 +183,13 @@ def _typical(config: Any, branches: Sequence[Edits], lengths: Lengths) -> tuple[
         ids, np.ones_like(ids), None, None, first + np.arange(lengths.answer, dtype=np.int32)[None], lengths.body
     )
     tokens_per_image = max(1, lengths.body)
-    rows = find_rows(inputs, np.zeros((1, lengths.answer), np.int32), config.image_token_id, tokens_per_image, named=False)
+    rows = find_rows(inputs, np.zeros((1, lengths.answer), np.int32), config.image_token_id, tokens_per_image)
+    if rows is None:
+        raise AssertionError("a causal question always has segments")
     (lane,) = make_lanes(rows, inputs, Shapes((lengths.question,), lengths.answer, 1, 1))
-    layout = pure.layout_of(jax.tree.map(jax.numpy.asarray, inputs), config.image_token_id)
     num_layers, num_heads = config.text.num_layers, config.text.num_heads
-    return lane, plan_lane(settle(branches, layout, num_layers, num_heads), rows, lane, num_layers)
+    settled = settle(branches, inputs, config.image_token_id, num_layers, num_heads)
+    return lane, plan_lane(settled, rows, lane, num_layers)
 
 
 def _kept(needed: Needs, lengths: Lengths, text: DecoderConfig, itemsize: int, rows: int, contexts: int) -> int:
@@ -232,6 +233,7 @@ def _passes(
     for plan in plans:
         full = plan.path.runs.copy()
         full[-1, : Segment.ANSWER] = False  # keys alone
-        own += float(sum((full[:, segment] * np.vectorize(share.get)(plan.path.tier[:, segment])).sum() * size[segment] for segment in Segment))
+        for tier, part in share.items():
+            own += part * float(((full & (plan.path.tier == tier)) * size).sum())
         once += float(((full & (plan.path.tier == Tier.GROUP)) * size).sum())
     return own / whole, once / whole

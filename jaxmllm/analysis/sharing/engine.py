@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from jaxmllm.analysis.scores import Scores
+from jaxmllm.analysis.scores import BlockScores, Scores
 from jaxmllm.analysis.sharing.compilations import Compilations
 from jaxmllm.analysis.sharing.keys import SharedKeys, fingerprint
 from jaxmllm.analysis.sharing.plan import Plan, needs, plan_lane, waits
@@ -33,21 +32,6 @@ from jaxmllm.analysis.sharing.work import LaneWork
 from jaxmllm.models import forward as pure
 from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockScores:
-    """Results of a block, in the order of its rows; R is their number.
-
-    Attributes:
-      edited: ``[branches, R]``; clean ``[R]``; early ``[L, R]``.
-      attention ``[L, R, N]``.
-    """
-
-    edited: Scores
-    clean: Scores
-    early: Scores
-    attention: Float[np.ndarray, "L R N"]
 
 
 @dataclasses.dataclass
@@ -137,8 +121,9 @@ class Engine:
         rows = find_rows(inputs, answer_ids, self.config.image_token_id, self.config.tokens_per_image)
         if rows is None:
             return None
-        layout = pure.layout_of(jax.tree.map(jnp.asarray, inputs), self.config.image_token_id)
-        settled = settle(branches, layout, self.num_layers, self.config.text.num_heads)
+        text = self.config.text
+        without_pixels = dataclasses.replace(inputs, pixel_values=None)
+        settled = settle(branches, without_pixels, self.config.image_token_id, text.num_layers, text.num_heads)
         shapes = shapes_of(rows, inputs, shapes) if isinstance(shapes, int) else shapes
         found = Found()
         for lane in make_lanes(rows, inputs, shapes):

@@ -108,14 +108,12 @@ def find_rows(
     """
     ids = np.asarray(inputs.input_ids)
     mask = np.asarray(inputs.attention_mask)
-    pairs = None
-    if mask.ndim == 4:
-        pairs = mask[:, 0] if mask.dtype == bool else mask[:, 0] >= 0
-    valid = mask.astype(bool) if pairs is None else pairs.any(axis=-1)
+    pairs = pairs_of(mask) if mask.ndim == 4 else None
+    valid = mask.astype(bool) if pairs is None else np.any(pairs, axis=-1)
     first_answer = np.asarray(inputs.answer_positions)[:, 0]
     rows, image = [], 0
     for number in range(len(ids)):
-        placed = int((ids[number] == image_token_id).sum()) // tokens_per_image
+        placed = 0 if inputs.pixel_values is None else int((ids[number] == image_token_id).sum()) // tokens_per_image
         images = tuple(range(image, image + placed))
         image += placed
         tokens = np.flatnonzero(valid[number])
@@ -129,7 +127,7 @@ def find_rows(
         if len(where) and where[-1] < last:
             ends = (int(where[0]), int(where[-1]) + 1, last, last + answer)
         if pairs is not None:
-            seen = pairs[number, tokens[:, None], tokens[None]]
+            seen = pairs[number, tokens[:, None], tokens]
             if any(seen[:end, end:].any() for end in ends[:2]):
                 ends = (0, 0, last, last + answer)
             if seen[:last, last:].any():
@@ -282,3 +280,9 @@ def take_pairs(
     index = np.maximum(slots, 0)
     taken = mask[numbers[:, None, None], index[:, :, None], index[:, None, :]]
     return taken & (slots >= 0)[:, :, None] & (slots >= 0)[:, None, :]
+
+
+def pairs_of(mask: np.ndarray) -> Bool[np.ndarray, "B S S"]:
+    """A mask over pairs ``[B, 1, S, S]`` as booleans."""
+    pairs: np.ndarray = mask[:, 0]
+    return pairs if pairs.dtype == bool else np.greater_equal(pairs, 0)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from jaxmllm.analysis.sharing.rule import Segment, Tier, Touch
 from jaxmllm.analysis.sharing.segments import Lane, Row, slots_of, take_slots
-from jaxmllm.models.edits import Edits, Positions
-from jaxmllm.models.layout import Layout
+from jaxmllm.models import forward as pure
+from jaxmllm.models.edits import Edits, Layers, Positions
+from jaxmllm.models.inputs import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,34 +45,44 @@ class Branch:
     head_scale: np.ndarray | None
 
 
-def settle(branches: Sequence[Edits], layout: Layout, num_layers: int, num_heads: int) -> list[Branch]:
+def settle(
+    branches: Sequence[Edits], inputs: Inputs, image_token_id: int, num_layers: int, num_heads: int
+) -> list[Branch]:
     """Edits as NumPy arrays. Branches that name the same positions share one array, so it is worked on once."""
     roles: dict[str, np.ndarray] = {}
 
     def weigh(positions: Positions) -> np.ndarray:
         if positions.weights is not None:
-            return np.asarray(positions.resolve(layout))
+            return np.asarray(resolve_positions(positions, inputs, image_token_id))
         if positions.role not in roles:
-            roles[positions.role] = np.asarray(positions.resolve(layout))
+            roles[positions.role] = np.asarray(resolve_positions(positions, inputs, image_token_id))
         return roles[positions.role]
+
+    def gate(term: Any) -> Float[np.ndarray, " L"]:
+        return np.asarray(layer_gate(term.layers, num_layers))
 
     def settled(edits: Edits) -> Branch:
         scales = [np.asarray(term.factor(num_layers, num_heads)) for term in edits.head_scale]
         return Branch(
-            erase=tuple(Term(gate(term, num_layers), (weigh(term.positions),)) for term in edits.erase),
-            blind=tuple(Term(gate(term, num_layers), (weigh(term.positions),)) for term in edits.blind),
-            knockout=tuple(
-                Term(gate(term, num_layers), (weigh(term.queries), weigh(term.keys))) for term in edits.knockout
-            ),
+            erase=tuple(Term(gate(term), (weigh(term.positions),)) for term in edits.erase),
+            blind=tuple(Term(gate(term), (weigh(term.positions),)) for term in edits.blind),
+            knockout=tuple(Term(gate(term), (weigh(term.queries), weigh(term.keys))) for term in edits.knockout),
             head_scale=np.prod(scales, axis=0) if scales else None,
         )
 
     return [settled(edits) for edits in branches]
 
 
-def gate(term: Any, num_layers: int) -> Float[np.ndarray, " L"]:
-    """A term's strength by layer, on the host."""
-    return np.asarray(term.layers.gate(num_layers))
+@functools.partial(jax.jit, static_argnames=("image_token_id",))
+def resolve_positions(positions: Positions, inputs: Inputs, image_token_id: int) -> Float[Array, "B S"]:
+    """One weight for every sequence position."""
+    return positions.resolve(pure.layout_of(inputs, image_token_id))
+
+
+@functools.partial(jax.jit, static_argnames=("num_layers",))
+def layer_gate(layers: Layers, num_layers: int) -> Float[Array, " L"]:
+    """An edit's strength by layer."""
+    return layers.gate(num_layers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxmllm.analysis.sharing.plan import Needs
 from jaxmllm.analysis.sharing.programs import RunEdits, embed, take_rows
 from jaxmllm.analysis.sharing.rule import Segment, Tier, Touch
-from jaxmllm.analysis.sharing.segments import Chunk, Lane, Row, slots_of, take_pairs, take_slots
+from jaxmllm.analysis.sharing.segments import Chunk, Lane, Row, pairs_of, slots_of, take_pairs, take_slots
 from jaxmllm.analysis.sharing.touch import Branch
 from jaxmllm.models import forward as pure
 from jaxmllm.models.attention import KeyValue
@@ -109,11 +109,11 @@ class LaneWork:
             first = chunk.lengths[0] + chunk.lengths[1] + chunk.lengths[2]
             many = np.array([self.rows[number].length(Segment.ANSWER) for number in numbers])
             width = np.asarray(self.inputs.answer_positions).shape[1]
-            answers = jnp.asarray(first + np.minimum(np.arange(width), many[:, None] - 1), jnp.int32)
+            answers = jnp.asarray((first + np.minimum(np.arange(width), many[:, None] - 1)).astype(np.int32))
         return Layout(
             image=jnp.asarray(valid & (take_slots(ids, numbers, slots) == self.image_token_id)),
             valid=jnp.asarray(valid),
-            positions=jnp.asarray(take_slots(np.asarray(positions), numbers, slots), jnp.int32),
+            positions=jnp.asarray(take_slots(np.asarray(positions, np.int32), numbers, slots)),
             mask=jnp.asarray(take_pairs(pairs_of(mask), numbers, slots)) if mask.ndim == 4 else None,
             answer_positions=answers,
             max_image_tokens=self.inputs.max_image_tokens,
@@ -153,7 +153,7 @@ class LaneWork:
         many = len(self.place(to, chunk).numbers)
         if tier == Tier.GROUP:
             return jnp.broadcast_to(value, (many, *value.shape[1:]))
-        return take_rows(value, jnp.asarray(self.chunk(chunk).owner))
+        return take_rows(value, jnp.asarray(self.chunk(chunk).owner.astype(np.int32)))
 
     def lift_keys(self, keys: KeyValue, tier: Tier, to: Tier, chunk: int) -> KeyValue:
         """Keys for the queries of a higher tier: left as they are where every context has equally many rows in turn."""
@@ -163,7 +163,7 @@ class LaneWork:
         contexts = keys.key.shape[0]
         if len(owner) % contexts == 0 and (owner == np.arange(len(owner)) // (len(owner) // contexts)).all():
             return keys
-        return take_rows(keys, jnp.asarray(owner))
+        return take_rows(keys, jnp.asarray(owner.astype(np.int32)))
 
     def edits(
         self, branch: Branch, touch: Touch, layer: int, segments: Sequence[Segment], tier: Tier, target: Target
@@ -204,8 +204,3 @@ class LaneWork:
         for layer, segment, target in list(self.keys):
             if target == chunk and (layer, segment) not in needed.keys:
                 del self.keys[layer, segment, target]
-
-
-def pairs_of(mask: np.ndarray) -> np.ndarray:
-    """A mask over pairs ``[B, 1, S, S]`` as booleans ``[B, S, S]``."""
-    return mask[:, 0] if mask.dtype == bool else mask[:, 0] >= 0
