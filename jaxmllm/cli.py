@@ -36,7 +36,16 @@ Curves = Annotated[
         help="What to do at each layer: erase, blind or knockout; add :from, :up_to or an odd window (knockout:9).",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Questions a batch.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions computed together, at most.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Run everything for every layer: slow; the fast way's oracle.")]
+Budget = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="GB of device memory to take, weights included; by default all."),
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder that keeps the erased image's keys for later sweeps of the same model.")
+]
+CacheLimit = Annotated[float, typer.Option(min=0.0, help="GB the cache may take; what was not used for longest goes.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first so many questions.")]
 Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")]
 Examples = Annotated[int, typer.Option(min=0, help="Questions whose attention is drawn.")]
@@ -61,13 +70,19 @@ def sweep(
     images: Annotated[Path, typer.Option(help="Folder of the images it names.")],
     logdir: Logdir,
     edits: Curves = ["erase", "blind", "blind:from", "knockout"],  # noqa: B006  typer copies it
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = 16,
     limit: Limit = None,
     dtype: Dtype = "float32",
     examples: Examples = 8,
+    plain: Plain = False,
+    budget: Budget = None,
+    cache: Cache = None,
+    cache_limit: CacheLimit = 4.0,
 ) -> None:
     """Hides the image at every layer of a model and reports how the answers suffer."""
-    study_file(model, questions, images, logdir, edits, batch_size, limit, dtype, examples)
+    study_file(
+        model, questions, images, logdir, edits, batch_size, limit, dtype, examples, plain, budget, cache, cache_limit
+    )
 
 
 @app.command()
@@ -91,10 +106,14 @@ def study_file(
     images: Path,
     logdir: Path,
     edits: list[str] | None = None,
-    batch_size: int = 32,
+    batch_size: int = 16,
     limit: int | None = None,
     dtype: str = "float32",
     examples: int = 8,
+    plain: bool = False,
+    budget: float | None = None,
+    cache: Path | None = None,
+    cache_limit: float = 4.0,
 ) -> None:
     """Runs a study over a question file, prints its tables and writes its log folder."""
     from jaxmllm.analysis import study as studies
@@ -113,7 +132,16 @@ def study_file(
         with progress(console) as bars:
             task = bars.add_task(f"{loaded.num_layers} layers x {', '.join(edits)}", total=len(asked))
             results = studies.run_study(
-                loaded, asked, edits, batch_size, lambda done: bars.update(task, completed=done)
+                loaded,
+                asked,
+                edits,
+                batch_size,
+                lambda done: bars.update(task, completed=done),
+                plain=plain,
+                budget=None if budget is None else int(budget * 1e9),
+                cache=cache,
+                cache_limit=int(cache_limit * 1e9),
+                on_plan=lambda plan: console.print("\n".join(plan.lines()), highlight=False),
             )
             curves, pointing = studies.curves_of(results), studies.pointing_table(results)
             task = bars.add_task("writing TensorBoard", total=min(examples, len(asked)))
@@ -125,6 +153,7 @@ def study_file(
         tables.write_parquet(tables.tidy_rows(results, pointing), folder / "results.parquet")
         tables.write_parquet(tables.question_rows(results), folder / "questions.parquet")
     print_study(console, results, curves, pointing)
+    console.print(results.cost.line(), highlight=False)
     console.print(
         f"{len(asked)} questions in {time.monotonic() - began:.0f} s. Look at the curves (smoothing 0) and maps with\n"
         f"  tensorboard --logdir {logdir} --samples_per_plugin images=100\n"

@@ -177,6 +177,20 @@ def prepare(
     }
 
 
+def prompt_lengths(processor: Any, questions: Sequence[str]) -> list[tuple[int, int]]:
+    """Tokens before the first image token and after the last one of a prompt with one image, for every question.
+
+    The images themselves are not needed, so the lengths of a whole data set are known before any is opened.
+    """
+    prompts = [make_prompt(processor, question, 1) for question in questions]
+    placeholder = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    lengths = []
+    for ids in processor.tokenizer(prompts)["input_ids"]:
+        where = [place for place, token in enumerate(ids) if token == placeholder]
+        lengths.append((where[0], len(ids) - 1 - where[-1]))
+    return lengths
+
+
 def as_list(entry: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     """One image, or several, as a list."""
     return list(entry) if isinstance(entry, (list, tuple)) else [entry]  # type: ignore[list-item]

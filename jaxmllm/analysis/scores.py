@@ -56,6 +56,14 @@ def join_scores(blocks: Sequence[BlockScores]) -> BlockScores:
     return BlockScores(edited, clean, early, np.concatenate(attention, axis=1))
 
 
+def in_order(scores: BlockScores, order: Int[np.ndarray, " R"]) -> BlockScores:
+    """The same questions in another order."""
+    edited, clean, early = (
+        jax.tree.map(lambda leaf: leaf[..., order], part) for part in (scores.edited, scores.clean, scores.early)
+    )
+    return BlockScores(edited, clean, early, scores.attention[:, order])
+
+
 def score(logits: Float[Array, "*axes A V"], answer_ids: Int[Array, "#B A"]) -> Scores:
     """Scores of an answer from the logits at the positions that predict its tokens; -1 in ``answer_ids`` is padding."""
     there = answer_ids >= 0

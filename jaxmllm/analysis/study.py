@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from jaxmllm.analysis.attention import attention_evolution
-from jaxmllm.analysis.edits import stack_edits
-from jaxmllm.analysis.fusion import fusion_layers, review_layer
+from jaxmllm.analysis.curves import Curves, curves_of
 from jaxmllm.analysis.geometry import TokenBoxes, token_boxes
 from jaxmllm.analysis.maps import comparison_maps
-from jaxmllm.analysis.masking import Scope, Scores, layer_edits, sweep_batch
+from jaxmllm.analysis.masking import Scope, layer_edits
 from jaxmllm.analysis.pointing import attention_mass, chance, pointing_hit
+from jaxmllm.analysis.scores import BlockScores, Scores, in_order, join_scores
+from jaxmllm.analysis.sharing.budget import Lengths, SweepPlan
+from jaxmllm.analysis.sharing.compilations import count_compilations
+from jaxmllm.analysis.sharing.shapes import choose_shapes
+from jaxmllm.analysis.sweeping import BATCH_SIZE, CACHE_LIMIT, SweepCost, Sweeper, plan_for
 from jaxmllm.data.questions import Question
 from jaxmllm.errors import InputError
 from jaxmllm.models.edits import Edits
-from jaxmllm.processing import append_answers, encode_answers, open_image
+from jaxmllm.processing import append_answers, encode_answers, open_image, prompt_lengths
 
-# Sequences are padded to a multiple of this, so that a data set of mixed lengths compiles a handful of programs.
+# The plain way pads sequences to a multiple of this, so that a data set of mixed lengths compiles few programs.
 SEQUENCE_BUCKET = 32
+
+# Preprocessed images of one block take at most so much of the host's memory.
+HOST_BYTES = 1_000_000_000
 
 DEFAULT_CURVES = ("erase", "blind", "blind:from", "knockout")
 
@@ -40,6 +48,7 @@ class Study:
       attention: ``[L, Q, N]``, head mean, last prompt token to image tokens.
       hellinger: ``[L, Q]``, its distance to the last layer's.
       tokens: the pixel boxes of each question's image tokens.
+      cost: what it cost.
     """
 
     questions: tuple[Question, ...]
@@ -49,6 +58,7 @@ class Study:
     attention: Float[np.ndarray, "L Q N"]
     hellinger: Float[np.ndarray, "L Q"]
     tokens: tuple[TokenBoxes, ...]
+    cost: SweepCost
 
     @property
     def num_layers(self) -> int:
@@ -80,8 +90,14 @@ def run_study(
     model: Any,
     questions: Sequence[Question],
     curves: Sequence[str] = DEFAULT_CURVES,
-    batch_size: int = 32,
-    on_progress: Callable[[int], None] = lambda done: None,
+    batch_size: int = BATCH_SIZE,
+    on_progress: Callable[[float], None] = lambda done: None,
+    *,
+    plain: bool = False,
+    budget: int | None = None,
+    cache: Path | None = None,
+    cache_limit: int = CACHE_LIMIT,
+    on_plan: Callable[[SweepPlan], None] = lambda plan: None,
 ) -> Study:
     """Runs the clean pass and every masking curve over all questions.
 
@@ -90,123 +106,84 @@ def run_study(
       questions: of ``read_questions``, one image each.
       curves: edits with their scope: ``erase``, ``blind``, ``knockout``, followed by ``:from``, ``:up_to`` or the width
         of a window where more than layer i is meant.
-      batch_size: questions a batch.
+      batch_size: questions a chunk, at most.
       on_progress: called with the number of questions done.
+      plain: run everything for every branch instead of what changes.
+      budget: bytes of device memory that may be taken, weights included; by default what the device grants.
+      cache, cache_limit: folder for keys that serve every question, and the bytes it may take.
+      on_plan: called with the plan before anything runs.
 
     Raises:
-      JaxmllmError: unknown curves, unreadable images, answers without tokens.
+      JaxmllmError: unknown curves, unreadable images, answers without tokens, a budget that is too small.
     """
     if not questions:
         raise InputError("no questions to study")
-    branches, place = stack_curves(curves, model.num_layers)
+    branches, place = branches_of(curves, model.num_layers)
     answers = encode_answers(model.processor, [question.answer for question in questions])
     answer_length = max(map(len, answers))
-    parts, tokens = [], []
-    for rows in batches(len(questions), batch_size):
-        images = [open_image(questions[row].image) for row in rows]
-        prompts = append_answers(
-            model.prepare(images, [questions[row].text for row in rows]),
-            [answers[row] for row in rows],
-            answer_length=answer_length,
-            bucket=SEQUENCE_BUCKET,
-        )
-        result = sweep_batch(
-            model.graphdef, model.params, model.as_inputs(prompts), jnp.asarray(prompts["answer_ids"]), branches
-        )
-        kept = len(set(rows))
-        parts.append((*take_questions(result[:3], kept), np.asarray(result[3])[:, :kept]))
-        tokens += token_boxes(model, [image.size for image in images[:kept]])
-        on_progress(min(rows[-1] + 1, len(questions)))
-    edited, clean, early = (
-        jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *[part[item] for part in parts])
-        for item in range(3)
+    prompts = prompt_lengths(model.processor, [question.text for question in questions])
+    images = {image: number for number, image in enumerate(dict.fromkeys(question.image for question in questions))}
+    heads, tails = (max(lengths) for lengths in zip(*prompts, strict=True))
+    lengths = Lengths(heads, model.config.tokens_per_image, tails - 1, answer_length)
+    plan, block = None, batch_size
+    shapes = choose_shapes([tail - 1 for _, tail in prompts], answer_length, len(images), batch_size)
+    if not plain:
+        a_context = len(questions) / len(images)
+        plan = plan_for(model, branches, lengths, len(questions), a_context, batch_size, budget)
+        shapes = choose_shapes([tail - 1 for _, tail in prompts], answer_length, len(images), plan.rows)
+        block = plan.block
+        on_plan(plan)
+    block = min(block, images_in_memory(model))
+    # an image's questions side by side, so that they share its clean pass
+    order = sorted(range(len(questions)), key=lambda number: images[questions[number].image])
+    parts: list[BlockScores] = []
+    tokens: dict[int, TokenBoxes] = {}
+
+    def report(start: int, size: int, share: float) -> None:
+        on_progress(start + share * size)
+
+    with count_compilations() as compilations:
+        sweeper = Sweeper(model, branches, shapes, plan, compilations, cache=cache, cache_limit=cache_limit)
+        for start in range(0, len(order), block):
+            rows = order[start : start + block]
+            opened = [open_image(questions[row].image) for row in rows]
+            filled = append_answers(
+                model.prepare(opened, [questions[row].text for row in rows]),
+                [answers[row] for row in rows],
+                answer_length=answer_length,
+                bucket=1 if plan else SEQUENCE_BUCKET,
+            )
+            parts.append(sweeper.run(filled, functools.partial(report, start, len(rows))))
+            tokens |= dict(zip(rows, token_boxes(model, [image.size for image in opened]), strict=True))
+            on_progress(start + len(rows))
+    scores = in_order(join_scores(parts), np.argsort(order))
+    edited = {name: jax.tree.map(lambda leaf, at=at: leaf[at], scores.edited) for name, at in place.items()}
+    return Study(
+        questions=tuple(questions),
+        edited=edited,
+        clean=scores.clean,
+        early=scores.early,
+        attention=scores.attention,
+        hellinger=np.asarray(attention_evolution(scores.attention)),
+        tokens=tuple(tokens[number] for number in range(len(questions))),
+        cost=sweeper.cost(),
     )
-    attention = np.concatenate([part[3] for part in parts], axis=1)
-    by_curve = {name: take_branches(edited[kind], branches_of_it) for name, (kind, branches_of_it) in place.items()}
-    evolution = np.asarray(attention_evolution(attention))
-    return Study(tuple(questions), by_curve, clean, early, attention, evolution, tuple(tokens))
 
 
-def take_questions(scores: Any, count: int) -> Any:
-    """The first questions of a pytree of scores, as NumPy arrays."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[..., :count], scores)
+def images_in_memory(model: Any) -> int:
+    """Questions whose preprocessed images fit in the host's share of memory; at least one."""
+    vision = model.config.vision
+    return max(1, HOST_BYTES // (4 * vision.num_channels * vision.image_size**2))
 
 
-def take_branches(scores: Scores, branches: slice) -> Scores:
-    """Some branches of stacked scores."""
-    return jax.tree.map(lambda leaf: leaf[branches], scores)
-
-
-def stack_curves(curves: Sequence[str], num_layers: int) -> tuple[dict[str, Edits], dict[str, tuple[str, slice]]]:
-    """Stacks the edits of all curves, those of one kind together, so that each kind is compiled once.
-
-    Returns:
-      Stacked edits by kind; and for each curve its kind and its branches there.
-    """
-    edits: dict[str, list[Edits]] = {}
+def branches_of(curves: Sequence[str], num_layers: int) -> tuple[list[Edits], dict[str, slice]]:
+    """The edits of all curves, one after another, and where each curve's are."""
+    branches: list[Edits] = []
     place = {}
     for name in dict.fromkeys(curves):
-        kind, scope = parse_curve(name)
-        stack = edits.setdefault(kind, [])
-        place[name] = (kind, slice(len(stack), len(stack) + num_layers))
-        stack += layer_edits(kind, scope, num_layers)
-    return {kind: stack_edits(stack) for kind, stack in edits.items()}, place
-
-
-def batches(count: int, size: int) -> Iterator[list[int]]:
-    """Row numbers of each batch; the last one is filled up with its last row, so that all have one shape."""
-    size = min(size, count)
-    for start in range(0, count, size):
-        rows = list(range(start, min(start + size, count)))
-        yield rows + [rows[-1]] * (size - len(rows))
-
-
-@dataclasses.dataclass(frozen=True)
-class Curves:
-    """Means over the questions of one category (or all).
-
-    Attributes:
-      accuracy: curve name -> ``[L]``, 0..1; ``early`` is the early output.
-      log_probability: likewise, natural logarithm of the whole answer.
-      hellinger: ``[L]``, distance of attention to the last layer's.
-      fusion: fusion layers by ``fusion_layers`` on the accuracy under erasure; ``None`` where that was not run.
-      review: the review layer by ``review_layer`` on the accuracy with one layer blinded.
-    """
-
-    questions: int
-    clean_accuracy: float
-    clean_log_probability: float
-    accuracy: dict[str, Float[np.ndarray, " L"]]
-    log_probability: dict[str, Float[np.ndarray, " L"]]
-    hellinger: Float[np.ndarray, " L"]
-    fusion: list[int] | None
-    review: int | None
-
-
-def curves_of(study: Study, category: str | None = None, chosen: np.ndarray | None = None) -> Curves:
-    """The curves of one category; ``chosen [Q]`` restricts them to some questions.
-
-    Raises:
-      InputError: no question is left.
-    """
-    rows = study.of(category) & (True if chosen is None else chosen)
-    if not rows.any():
-        raise InputError(f"no question of category {category!r}")
-    scores = {**study.edited, "early": study.early}
-    accuracy = {name: np.asarray(score.correct)[:, rows].mean(axis=1) for name, score in scores.items()}
-    clean = float(np.asarray(study.clean.correct)[rows].mean())
-    return Curves(
-        questions=int(rows.sum()),
-        clean_accuracy=clean,
-        clean_log_probability=float(np.asarray(study.clean.log_probability)[rows].mean()),
-        accuracy=accuracy,
-        log_probability={
-            name: np.asarray(score.log_probability)[:, rows].mean(axis=1) for name, score in scores.items()
-        },
-        hellinger=study.hellinger[:, rows].mean(axis=1),
-        fusion=fusion_layers(accuracy["erase"], clean) if "erase" in accuracy else None,
-        review=review_layer(accuracy["blind"], clean) if "blind" in accuracy else None,
-    )
+        place[name] = slice(len(branches), len(branches) + num_layers)
+        branches += layer_edits(*parse_curve(name), num_layers)
+    return branches, place
 
 
 @dataclasses.dataclass(frozen=True)

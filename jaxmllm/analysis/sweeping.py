@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,17 @@ class Sweeper:
             keys = SharedKeys(plan.keys, cache, cache_limit)
             self.engine = Engine(model.graphdef, self.params, model.config, keys, compilations, plan.keep_layers)
 
-    def run(self, prompts: Mapping[str, np.ndarray]) -> BlockScores:
-        """Scores of a block: prompts followed by their answers, as ``append_answers`` gives them."""
+    def run(
+        self, prompts: Mapping[str, np.ndarray], on_progress: Callable[[float], None] = lambda share: None
+    ) -> BlockScores:
+        """Scores of a block: prompts followed by their answers, as ``append_answers`` gives them.
+
+        ``on_progress`` is called with the share of the block that is done, 0..1.
+        """
         inputs, answer_ids = self.model.as_inputs(prompts), np.asarray(prompts["answer_ids"])
         self.questions += len(answer_ids)
         if self.engine is not None:
-            scores = self.engine.run_block(inputs, answer_ids, self.branches, self.shapes)
+            scores = self.engine.run_block(inputs, answer_ids, self.branches, self.shapes, on_progress)
             if scores is not None:
                 return scores
         began, compiled = time.monotonic(), self.compilations.seconds

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
+from jaxmllm.analysis.curves import Curves, curves_of
 from jaxmllm.analysis.geometry import TokenBoxes
-from jaxmllm.analysis.study import Curves, PointingTable, Study, curves_of
+from jaxmllm.analysis.study import PointingTable, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,11 +74,15 @@ def summary_figure(study: Study, curves: Curves, pointing: PointingTable | None)
     (accuracy, kinds), (evolution, points) = figure.subplots(2, 2)
     for name, values in curves.accuracy.items():
         style = "--" if name == "early" else "-"
-        accuracy.plot(layers, 100 * values, style, marker="o", label="early output" if name == "early" else name)
+        (line,) = accuracy.plot(
+            layers, 100 * values, style, marker="o", label="early output" if name == "early" else name
+        )
+        low, high = 100 * curves.intervals["accuracy"][name]
+        accuracy.fill_between(layers, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     accuracy.axhline(100 * curves.clean_accuracy, color="grey", linewidth=1, label="clean")
     for layer in curves.fusion or []:
         accuracy.axvspan(layer - 0.5, layer + 0.5, color="gold", alpha=0.25, linewidth=0)
-    accuracy.set(title="Accuracy with the image hidden at a layer (gold: fusion layers)", ylabel="accuracy, %")
+    accuracy.set(title="Accuracy, image hidden at a layer (bands: 95%; gold: fusion layers)", ylabel="accuracy, %")
     accuracy.legend(fontsize=8)
 
     if "erase" in curves.accuracy:

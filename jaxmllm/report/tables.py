@@ -9,19 +9,32 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from jaxmllm.analysis.study import Curves, PointingTable, Study, curves_of
+from jaxmllm.analysis.curves import Curves, curves_of
+from jaxmllm.analysis.study import PointingTable, Study
 
 ALL = "all"
 
 
 def tidy_rows(study: Study, pointing: PointingTable | None) -> list[dict[str, Any]]:
-    """One row a number: ``metric, curve, category, layer, value, questions``; layer -1 is the whole model."""
+    """One row a number: ``metric, curve, category, layer, value, low, high, questions``.
+
+    Layer -1 is the whole model; ``low`` and ``high`` bound the 95% bootstrap interval, where there is one.
+    """
     rows: list[dict[str, Any]] = []
 
-    def add(metric: str, curve: str, category: str, layer: int, value: float | np.floating, questions: int) -> None:
+    def add(
+        metric: str,
+        curve: str,
+        category: str,
+        layer: int,
+        value: float | np.floating,
+        questions: int,
+        interval: np.ndarray | tuple[None, None] = (None, None),
+    ) -> None:
+        low, high = (None if bound is None else float(bound) for bound in interval)
         rows.append(
             {"metric": metric, "curve": curve, "category": category, "layer": layer, "value": float(value),
-             "questions": questions}
+             "low": low, "high": high, "questions": questions}
         )  # fmt: skip
 
     for category in [None, *study.categories]:
@@ -30,10 +43,10 @@ def tidy_rows(study: Study, pointing: PointingTable | None) -> list[dict[str, An
         count = curves.questions
         add("accuracy", "clean", name, -1, curves.clean_accuracy, count)
         add("log_probability", "clean", name, -1, curves.clean_log_probability, count)
-        for curve in curves.accuracy:
-            for layer in range(study.num_layers):
-                add("accuracy", curve, name, layer, curves.accuracy[curve][layer], count)
-                add("log_probability", curve, name, layer, curves.log_probability[curve][layer], count)
+        for metric, bounds in curves.intervals.items():
+            for curve, values in getattr(curves, metric).items():
+                for layer, value in enumerate(values):
+                    add(metric, curve, name, layer, value, count, bounds[curve][:, layer])
         for layer, value in enumerate(curves.hellinger):
             add("hellinger", "attention", name, layer, value, count)
     if pointing:
@@ -49,7 +62,10 @@ def tidy_rows(study: Study, pointing: PointingTable | None) -> list[dict[str, An
 
 
 def question_rows(study: Study) -> list[dict[str, Any]]:
-    """One row a question, curve and layer: log-probability, correctness and rank of the reference answer."""
+    """One row a question, curve and layer: log-probability, correctness and rank of the reference answer.
+
+    ``change`` is the log-probability less the clean model's.
+    """
     rows = []
     scores = {"clean": study.clean, "early": study.early, **study.edited}
     for number, question in enumerate(study.questions):
@@ -63,6 +79,7 @@ def question_rows(study: Study) -> list[dict[str, Any]]:
                         "curve": curve,
                         "layer": -1 if curve == "clean" else layer,
                         "log_probability": float(log_probability),
+                        "change": float(log_probability) - float(study.clean.log_probability[number]),
                         "correct": bool(correct),
                         "rank": int(rank),
                     }

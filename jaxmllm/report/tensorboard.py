@@ -17,7 +17,8 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 
 from jaxmllm.analysis.attention import contrastive_attention, image_distribution
-from jaxmllm.analysis.study import Curves, PointingTable, Study, curves_of
+from jaxmllm.analysis.curves import Curves, curves_of
+from jaxmllm.analysis.study import PointingTable, Study
 from jaxmllm.processing import open_image
 from jaxmllm.report import tables
 from jaxmllm.report.figures import overlay, summary_figure
@@ -47,6 +48,7 @@ def write_study(
         with SummaryWriter(str(logdir / name.replace(":", "_"))) as writer:
             _add_curve(writer, "accuracy/image_hidden_at_layer", curves.accuracy[name])
             _add_curve(writer, "answer_log_probability/image_hidden_at_layer", curves.log_probability[name])
+            _add_curve(writer, "answer_log_probability/change_against_clean", curves.change[name])
     with SummaryWriter(str(logdir / "clean")) as writer:
         # a level line in both charts, to read drops against
         _add_curve(writer, "accuracy/image_hidden_at_layer", np.full(study.num_layers, curves.clean_accuracy))
@@ -62,6 +64,7 @@ def write_study(
                 _add_curve(writer, f"accuracy_by_kind/{name.replace(':', '_')}", values)
             _add_curve(writer, "attention_by_kind/hellinger_to_last_layer", of_kind.hellinger)
     with SummaryWriter(str(logdir / "summary")) as writer:
+        _add_intervals(writer, curves)
         _add_curve(writer, "attention/hellinger_to_last_layer", curves.hellinger)
         if pointing:
             _add_curve(writer, "attention/pointing_hits", np.array([scores.hits for scores in pointing.by_layer]))
@@ -82,6 +85,20 @@ def write_study(
 def _add_curve(writer: SummaryWriter, tag: str, values: np.ndarray) -> None:
     for layer, value in enumerate(values):
         writer.add_scalar(tag, float(value), layer)
+
+
+def _add_intervals(writer: SummaryWriter, curves: Curves) -> None:
+    """Curves with their bootstrap intervals, on the page of custom scalars."""
+    titles = {"accuracy": "accuracy", "change": "log-probability against clean"}
+    charts: dict[str, Any] = {}
+    for measure, title in titles.items():
+        for name, values in getattr(curves, measure).items():
+            low, high = curves.intervals[measure][name]
+            tags = [f"interval_{measure}/{name.replace(':', '_')}_{part}" for part in ("mean", "low", "high")]
+            for tag, numbers in zip(tags, (values, low, high), strict=True):
+                _add_curve(writer, tag, numbers)
+            charts[f"{name}: {title}"] = ["Margin", tags]
+    writer.add_custom_scalars({"image hidden at layer, with 95% bootstrap interval": charts})
 
 
 def _tables(study: Study, curves: Curves, pointing: PointingTable | None) -> dict[str, list[list[str]]]:

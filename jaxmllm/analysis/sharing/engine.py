@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,7 +100,12 @@ class Engine:
         return self.cut(number) if self.kept is None else self.kept[number]
 
     def run_block(
-        self, inputs: Inputs, answer_ids: Int[np.ndarray, "R A"], branches: Sequence[Edits], shapes: Shapes | int
+        self,
+        inputs: Inputs,
+        answer_ids: Int[np.ndarray, "R A"],
+        branches: Sequence[Edits],
+        shapes: Shapes | int,
+        on_progress: Callable[[float], None] = lambda share: None,
     ) -> BlockScores | None:
         """Clean pass and every branch over a block of questions.
 
@@ -109,6 +114,7 @@ class Engine:
           answer_ids: the answers' tokens.
           branches: edits without hooks.
           shapes: what chunks are padded to; a number is a chunk's size, and the rest follows from the block.
+          on_progress: called with the share of the block that is done, 0..1.
 
         Returns:
           Scores, or ``None`` where nothing can be reused: an attention mask lets prompts see their answers, or rotary
@@ -126,15 +132,30 @@ class Engine:
         settled = settle(branches, without_pixels, self.config.image_token_id, text.num_layers, text.num_heads)
         shapes = shapes_of(rows, inputs, shapes) if isinstance(shapes, int) else shapes
         found = Found()
-        for lane in make_lanes(rows, inputs, shapes):
+        lanes = make_lanes(rows, inputs, shapes)
+        steps, done = len(branches) * sum(len(lane.chunks) for lane in lanes), 0
+
+        def step(chunks: int) -> None:
+            nonlocal done
+            done += chunks
+            on_progress(min(1.0, done / max(1, steps)))
+
+        for lane in lanes:
             work = LaneWork(
                 self.graphdef, self.params, inputs, self.config.image_token_id, self.config.tokens_per_image, rows, lane
             )
-            self.run_lane(work, answer_ids, plan_lane(settled, rows, lane, self.num_layers), found)
+            self.run_lane(work, answer_ids, plan_lane(settled, rows, lane, self.num_layers), found, step)
         self.cost.plain_positions += self.num_layers * sum(row.ends[-1] for row in rows)
         return self.collect(found, len(branches), len(rows), inputs.max_image_tokens)
 
-    def run_lane(self, work: LaneWork, answer_ids: np.ndarray, plans: Sequence[Plan], found: Found) -> None:
+    def run_lane(
+        self,
+        work: LaneWork,
+        answer_ids: np.ndarray,
+        plans: Sequence[Plan],
+        found: Found,
+        step: Callable[[int], None],
+    ) -> None:
         """All branches of one lane; branches that leave the answer alone are given the clean scores."""
         walk = Walk(self, work, answer_ids, found)
         acting = [plan for plan in plans if plan.path.changes_answer]
@@ -147,10 +168,12 @@ class Engine:
             with self.clock("branch_seconds"):
                 for plan in local:
                     walk.branch(plan, [chunk])
+                    step(1)
             work.forget(chunk, later)
         with self.clock("branch_seconds"):
             for plan in waiting:
                 walk.branch(plan, list(chunks))
+                step(len(chunks))
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
