@@ -142,7 +142,11 @@ def attention_rows(
     scores = []
     for part in parts:
         shared, length, kv_heads, _ = part.key.shape
-        grouped = query.reshape(shared, batch // shared, rows, kv_heads, heads // kv_heads, width).astype(jnp.float32)
-        product = jnp.einsum("gbrkhe,gtke->gbkhrt", grouped, part.key.astype(jnp.float32)) * width**-0.5
-        scores.append(product.reshape(batch, heads, rows, length))
+        # heads first, as in ``attention``, so that the keys are brought into that order once
+        grouped = jnp.moveaxis(query.reshape(batch, rows, kv_heads, -1, width), 2, 0).astype(jnp.float32)
+        grouped = grouped.reshape(kv_heads, shared, -1, width)
+        keys = jnp.moveaxis(part.key, 2, 0).astype(jnp.float32)
+        product = jnp.einsum("kgqe,kgte->kgqt", grouped, keys) * width**-0.5
+        product = product.reshape(kv_heads, batch, rows, heads // kv_heads, length)
+        scores.append(product.transpose(1, 0, 3, 2, 4).reshape(batch, heads, rows, length))
     return jax.nn.softmax(jnp.concatenate(scores, axis=-1) + bias[:, None], axis=-1)

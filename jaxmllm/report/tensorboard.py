@@ -98,6 +98,8 @@ def _add_intervals(writer: SummaryWriter, curves: Curves) -> None:
             for tag, numbers in zip(tags, (values, low, high), strict=True):
                 _add_curve(writer, tag, numbers)
             charts[f"{name}: {title}"] = ["Margin", tags]
+    # TensorBoard shows the last one first
+    charts = dict(reversed(charts.items()))
     writer.add_custom_scalars({"image hidden at layer, with 95% bootstrap interval": charts})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def _keep(masks: tuple[tuple[Array, Array], ...]) -> Array | None:
     return math.prod(1.0 - gate * weights for gate, weights in masks) if masks else None  # type: ignore[return-value]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config", "start", "stop", "capture", "keys_alone"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "start", "stop", "capture", "keys_alone", "at_once"))
 def run_layer(
     graphdef: nnx.GraphDef,
     params: pure.Params,
@@ -66,6 +67,7 @@ def run_layer(
     stop: int,
     capture: Capture,
     keys_alone: bool,
+    at_once: int,
 ) -> tuple[Float[Array, "n run D"], KeyValue, dict[str, Array]]:
     """One decoder layer over the run ``[start, stop)`` of the slots.
 
@@ -81,18 +83,46 @@ def run_layer(
       start, stop: the run.
       capture: what to keep of it.
       keys_alone: compute keys and values only; ``hidden`` comes back as it is.
+      at_once: examples computed together.
 
     Returns:
       The next layer's input, keys and values of the run, what was captured.
     """
     module = nnx.merge(graphdef, nnx.State(params))
-    rope = rope_tables(config.rope, config.head_dim, layout.positions[:, start:stop])
-    acting = tuple((queries, keys) for _, queries, keys in edits.knockout)
-    tap = Tap(layer, edits.of_layer(), acting, (), capture, layout, start, stop)
-    if keys_alone:
-        return hidden, module.keys(hidden, rope, tap), {}
-    hidden, own = module(hidden, rope, tap, past)
-    return hidden, own, tap.captured
+
+    def run(
+        hidden: Array, past: tuple[KeyValue, ...], layout: Layout, edits: RunEdits
+    ) -> tuple[Array, KeyValue, dict[str, Array]]:
+        rope = rope_tables(config.rope, config.head_dim, layout.positions[:, start:stop])
+        acting = tuple((queries, keys) for _, queries, keys in edits.knockout)
+        tap = Tap(layer, edits.of_layer(), acting, (), capture, layout, start, stop)
+        if keys_alone:
+            return hidden, module.keys(hidden, rope, tap), {}
+        after, own = module(hidden, rope, tap, past)
+        return after, own, tap.captured
+
+    return in_pieces(run, hidden.shape[0], at_once, (hidden, past, layout, edits))
+
+
+def in_pieces(run: Callable[..., Leaf], count: int, at_once: int, args: tuple[Leaf, ...]) -> Leaf:
+    """``run(*args)`` over so many examples at a time; leaves without a leading axis of all examples serve every piece.
+
+    Keys of contexts that serve several examples each cannot be cut, so then everything runs at once.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    of_examples = [leaf.ndim >= 2 and leaf.shape[0] == count for leaf in leaves]
+    between = any(leaf.ndim >= 2 and leaf.shape[0] not in (1, count) for leaf in leaves)
+    if count <= at_once or count % at_once or between:
+        return run(*args)
+
+    def piece(own: list[Array]) -> Leaf:
+        cut = iter(own)
+        whole = [next(cut) if mine else leaf for leaf, mine in zip(leaves, of_examples, strict=True)]
+        return run(*jax.tree.unflatten(structure, whole))
+
+    pieces = [leaf for leaf, mine in zip(leaves, of_examples, strict=True) if mine]
+    found = jax.lax.map(piece, [leaf.reshape(-1, at_once, *leaf.shape[1:]) for leaf in pieces])
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
