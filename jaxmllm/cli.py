@@ -141,7 +141,7 @@ def study_file(
                 budget=None if budget is None else int(budget * 1e9),
                 cache=cache,
                 cache_limit=int(cache_limit * 1e9),
-                on_plan=lambda plan: console.print("\n".join(plan.lines()), highlight=False),
+                on_plan=lambda plan: console.print("\n".join(plan.lines()), highlight=False, soft_wrap=True),
             )
             curves, pointing = studies.curves_of(results), studies.pointing_table(results)
             task = bars.add_task("writing TensorBoard", total=min(examples, len(asked)))
@@ -153,7 +153,7 @@ def study_file(
         tables.write_parquet(tables.tidy_rows(results, pointing), folder / "results.parquet")
         tables.write_parquet(tables.question_rows(results), folder / "questions.parquet")
     print_study(console, results, curves, pointing)
-    console.print(results.cost.line(), highlight=False)
+    console.print(results.cost.line(), highlight=False, soft_wrap=True)
     console.print(
         f"{len(asked)} questions in {time.monotonic() - began:.0f} s. Look at the curves (smoothing 0) and maps with\n"
         f"  tensorboard --logdir {logdir} --samples_per_plugin images=100\n"

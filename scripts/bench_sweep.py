@@ -230,16 +230,11 @@ class Race:
     differences: dict[str, float]
     median_change: float
     counted_passes: float
+    one_off: float
 
     def median(self, name: str) -> float:
         """Seconds a question."""
         return float(np.median(self.seconds[name]))
-
-    @property
-    def one_off(self) -> float:
-        """Seconds spent once for all questions; a cold block and the warm one after it are compared round by round."""
-        spare = np.array(self.seconds["fast_cold"]) - np.array(self.seconds["fast"])
-        return float(np.median(spare)) * self.questions["fast"]
 
     @property
     def amortised(self) -> float:
@@ -252,17 +247,26 @@ class Race:
         return found | {"fast_amortised": self.amortised, "one_off": self.one_off}
 
 
-def run_race(reference: Llava, model: jaxmllm.Model, questions: Questions, repeats: int, every: bool) -> Race:
-    """Lets the contestants take turns; ``every`` includes those whose time hardly depends on questions an image."""
+def run_race(
+    reference: Llava, model: jaxmllm.Model, questions: Questions, repeats: int, batched: bool, one_off: float | None
+) -> Race:
+    """Lets the contestants take turns.
+
+    Args:
+      batched: include the batched torch script and the plain way.
+      one_off: what is done once for all questions, in seconds, where an earlier race has measured it; cold blocks are
+        then left out.
+    """
     one, batch, passes = (questions.part(slice(0, count)) for count in (1, BATCH, 2 * BATCH))
     with count_compilations() as compilations:
         fast = Fast(model, questions, compilations)
         contestants = {"hooks": Contestant(len(one), lambda: sweep_with_hooks(reference, one))}
-        if every:
+        if batched:
             contestants["torch_best"] = Contestant(len(batch), lambda: sweep_with_torch(reference, batch))
             contestants["plain"] = Contestant(len(batch), make_plain(model, batch))
+        if one_off is None:
+            contestants["fast_cold"] = Contestant(len(questions), fast.cold)
         contestants |= {
-            "fast_cold": Contestant(len(questions), fast.cold),
             "fast": Contestant(len(questions), fast.warm),
             "clean": Contestant(len(passes), lambda: clean_pass(model, passes)),
             "torch_clean": Contestant(len(batch), lambda: pass_with_torch(reference, batch, answer_only=False)),
@@ -289,12 +293,17 @@ def run_race(reference: Llava, model: jaxmllm.Model, questions: Questions, repea
                     differences[name] = float(np.max([worst, differences.get(name, 0.0)]))
         if compilations.programs > compiled:
             log.print(f"[yellow]{compilations.programs - compiled} programs were compiled while the clock ran")
+    if one_off is None:
+        # a cold block and the warm one after it are compared round by round
+        spare = np.array(seconds["fast_cold"]) - np.array(seconds["fast"])
+        one_off = float(np.median(spare)) * len(questions)
     return Race(
         seconds,
         {name: contestant.questions for name, contestant in contestants.items()},
         differences,
         float(np.median(np.abs(truth[1:] - truth[0]))),
         fast.engine.cost.clean_passes,
+        one_off,
     )
 
 
@@ -343,7 +352,9 @@ def bench(
     questions: Annotated[
         int, typer.Option(help="Block of the fast way: a multiple of 16, its chunk. By default 16, or 32 if quick.")
     ] = 0,
-    every: Annotated[bool, typer.Option("--every", help="All contestants on the second data set, too.")] = False,
+    batched: Annotated[
+        bool, typer.Option(help="Time the batched torch script and the plain way, too: half of the run.")
+    ] = True,
     layers: Annotated[int, typer.Option(help="Decoder layers, to try the script.")] = 0,
     width: Annotated[int, typer.Option(help="Decoder width, a multiple of 64, to try the script.")] = 0,
     patches: Annotated[int, typer.Option(help="Patches a side of the image, to try the script.")] = 0,
@@ -355,11 +366,12 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         reference = save_checkpoint(shape, Path(folder))
         model = jaxmllm.load(folder)
-    races = {}
+    races: dict[str, Race] = {}
     for name, an_image in (("one", 1), ("five", 5)):
         log.print(f"questions an image: {name}; compiling")
         asked = make_questions(shape, max(an_image, count // an_image * an_image), an_image, PREFIX, seed=an_image)
-        races[name] = run_race(reference, model, asked, repeats, every or an_image == 1)
+        first = races["one"].one_off if races else None
+        races[name] = run_race(reference, model, asked, repeats, batched and not races, first)
     one, five = races.values()
     differences = {name: race.differences for name, race in races.items()}
     worst = float(np.max([gap for gaps in differences.values() for gap in gaps.values()]))
@@ -371,8 +383,8 @@ def bench(
         "repeats": repeats,
         "speedup_vs_hooks": one.median("hooks") / one.amortised,
         "speedup_vs_hooks_five": five.median("hooks") / five.amortised,
-        "speedup_vs_torch_best": one.median("torch_best") / one.amortised,
-        "speedup_vs_plain": one.median("plain") / one.amortised,
+        "speedup_vs_torch_best": one.median("torch_best") / one.amortised if batched else None,
+        "speedup_vs_plain": one.median("plain") / one.amortised if batched else None,
         "clean_passes": one.median("fast") / one.median("clean"),
         "clean_passes_five": five.median("fast") / five.median("clean"),
         "one_off_clean_passes": one.one_off / one.median("clean"),

@@ -204,3 +204,42 @@ def test_demo_reads_the_embedded_files(tmp_path, monkeypatch, capsys):
     for words in ("fusion layers", "Pointing game", "chance: random object", "early", "Hellinger", "tensorboard"):
         assert words in printed
     assert (tmp_path / "demo" / "results.parquet").is_file()
+
+
+def test_the_fast_way_the_plain_way_and_a_second_run_from_the_cache_write_the_same_numbers(
+    monkeypatch, tmp_path, capsys
+):
+    options = ["--questions", QUESTIONS, "--images", IMAGES, "--limit", 10, "--examples", 0]
+    options += ["--edits", "erase", "--edits", "knockout:3"]
+    ways = {"fast": ["--cache", tmp_path / "cache"], "again": ["--cache", tmp_path / "cache"], "plain": ["--plain"]}
+    tables = {}
+    for way, extra in ways.items():
+        assert run(monkeypatch, "sweep", DEMO / "model", "--logdir", tmp_path / way, *options, *extra) == 0
+        printed = capsys.readouterr().out
+        assert ("shared keys:" in printed) == (way != "plain")
+        assert "programs compiled in" in printed
+        tables[way] = pq.read_table(tmp_path / way / "questions.parquet").to_pylist()
+    # one entry a layer, but for the last, of which no more than keys is computed
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 7
+    for way in ("again", "plain"):
+        for ours, theirs in zip(tables["fast"], tables[way], strict=True):
+            assert (ours["question_id"], ours["curve"], ours["layer"]) == (
+                theirs["question_id"], theirs["curve"], theirs["layer"]
+            )  # fmt: skip
+            assert ours["log_probability"] == pytest.approx(theirs["log_probability"], abs=1e-4)
+            assert ours["change"] == pytest.approx(theirs["change"], abs=1e-4)
+
+
+def test_a_budget_too_small_for_one_question_is_refused(monkeypatch, tmp_path, capsys):
+    code = run(monkeypatch, "sweep", DEMO / "model", "--questions", QUESTIONS, "--images", IMAGES,
+               "--logdir", tmp_path / "log", "--budget", 0.001)  # fmt: skip
+    assert code == 2
+    assert "the budget is 1.00 MB; raise the budget" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_intervals_hold_their_means(log):
+    rows = [row for row in table(log) if row["low"] is not None]
+    assert {row["metric"] for row in rows} == {"accuracy", "log_probability", "change"}
+    assert all(row["low"] <= row["value"] + 1e-5 and row["value"] <= row["high"] + 1e-5 for row in rows)
+    assert any(row["low"] < row["high"] for row in rows)

@@ -89,7 +89,8 @@ class Engine:
         """What names the model in the store of shared keys; its weights are summed only if that outlives the engine."""
         if not self.keys.outlives_run:
             return ""
-        settings = f"{jax.default_backend()} {jax.config.read('jax_default_matmul_precision')} {self.config.text}"
+        precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  made at run time
+        settings = f"{jax.default_backend()} {precision} {self.config.text}"
         return f"{fingerprint(self.params['decoder'])} {settings}"
 
     def cut(self, number: int) -> pure.Params:
