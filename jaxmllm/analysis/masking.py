@@ -98,7 +98,11 @@ def sweep_batch(
         return score(answer_logits(module.decoder(embedded, layout, edits)[0]), answer_ids)
 
     hidden, captured = module.decoder(embedded, layout, None, CLEAN_CAPTURE)
-    edited = {name: jax.lax.map(branch, edits) for name, edits in branches.items()}
+    edited = {
+        # hooks are no arrays, so branches of hooks alone are all the same one
+        name: jax.lax.map(branch, edits) if jax.tree.leaves(edits) else jax.tree.map(lambda x: x[None], branch(edits))
+        for name, edits in branches.items()
+    }
     attention = captured[ATTENTION][:, :, 0]
     return edited, score(answer_logits(hidden), answer_ids), score(captured[EARLY_LOGITS], answer_ids), attention
 
@@ -116,5 +120,9 @@ def run_plain(
         np.asarray, sweep_batch(model.graphdef, params, inputs, jnp.asarray(answer_ids), stacks)
     )
     order = np.argsort(np.concatenate([np.array(numbers, int) for numbers in alike.values()]))
-    edited = jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *[by_stack[name] for name in stacks])
+    whole = [
+        jax.tree.map(lambda leaf, many=len(numbers): np.broadcast_to(leaf, (many, *leaf.shape[1:])), by_stack[name])
+        for name, numbers in zip(stacks, alike.values(), strict=True)
+    ]
+    edited = jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *whole)
     return BlockScores(edited, clean, early, attention)

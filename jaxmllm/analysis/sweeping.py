@@ -23,7 +23,7 @@ from jaxmllm.analysis.sharing.segments import Row, context_keys, find_rows
 from jaxmllm.analysis.sharing.shapes import Shapes, choose_shapes
 from jaxmllm.errors import InputError
 from jaxmllm.models import forward as pure
-from jaxmllm.models.edits import Edits
+from jaxmllm.models.edits import Edits, Positions
 from jaxmllm.processing import append_answers, encode_answers
 
 BATCH_SIZE = 16
@@ -128,20 +128,27 @@ class Sweeper:
             self.engine = Engine(model.graphdef, self.params, model.config, keys, compilations, plan.keep_layers)
 
     def run(
-        self, prompts: Mapping[str, np.ndarray], on_progress: Callable[[float], None] = lambda share: None
+        self,
+        prompts: Mapping[str, np.ndarray],
+        on_progress: Callable[[float], None] = lambda share: None,
+        rows: slice | None = None,
     ) -> BlockScores:
-        """Scores of a block: prompts followed by their answers, as ``append_answers`` gives them.
+        """Scores of a block.
 
-        ``on_progress`` is called with the share of the block that is done, 0..1.
+        Args:
+          prompts: followed by their answers, as ``append_answers`` gives them.
+          on_progress: called with the share of the block that is done, 0..1.
+          rows: which questions these are, where edits have weights for each of all questions.
         """
+        branches = self.branches if rows is None else [rows_of(edits, rows) for edits in self.branches]
         inputs, answer_ids = self.model.as_inputs(prompts), np.asarray(prompts["answer_ids"])
         self.questions += len(answer_ids)
         if self.engine is not None:
-            scores = self.engine.run_block(inputs, answer_ids, self.branches, self.shapes, on_progress)
+            scores = self.engine.run_block(inputs, answer_ids, branches, self.shapes, on_progress)
             if scores is not None:
                 return scores
         began, compiled = time.monotonic(), self.compilations.seconds
-        scores = run_plain(self.model, self.params, inputs, answer_ids, self.branches)
+        scores = run_plain(self.model, self.params, inputs, answer_ids, branches)
         self.plain_seconds += time.monotonic() - began - (self.compilations.seconds - compiled)
         return scores
 
@@ -238,9 +245,30 @@ def sweep(
         shapes, block = choose_shapes(questions, answer, many, plan.rows), plan.block
     with count_compilations() as compilations:
         sweeper = Sweeper(model, branches, shapes, plan, compilations, params, None if cache is None else Path(cache))
-        scores = join_scores([sweeper.run(part) for part in blocks_of(prompts, model, block)])
+        scores = join_scores(
+            [
+                sweeper.run(part, rows=slice(number * block, (number + 1) * block))
+                for number, part in enumerate(blocks_of(prompts, model, block))
+            ]
+        )
     layers = tuple(range(len(branches)))
     return SweepResult(layers, scores.edited, scores.clean, scores.early, scores.attention, sweeper.cost())
+
+
+def rows_of(edits: Edits, rows: slice) -> Edits:
+    """Edits for some of the questions: of position weights ``[B, ...]`` the rows that matter."""
+
+    def take(node: Any) -> Any:
+        if (
+            not isinstance(node, Positions)
+            or node.weights is None
+            or np.ndim(node.weights) < 2
+            or len(node.weights) == 1
+        ):
+            return node
+        return Positions(node.weights[rows], node.role)
+
+    return jax.tree.map(take, edits, is_leaf=lambda node: isinstance(node, Positions))
 
 
 def answer_length(row: Row) -> int:

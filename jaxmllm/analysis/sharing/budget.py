@@ -16,6 +16,7 @@ shared keys         branches x layers x (P + N) k b if all are kept; one layer o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from jaxmllm.analysis.sharing.touch import settle
 from jaxmllm.errors import InputError
 from jaxmllm.models.attention import QUERY_CHUNK
 from jaxmllm.models.config import DecoderConfig
-from jaxmllm.models.edits import Edits
+from jaxmllm.models.edits import Edits, Positions
 from jaxmllm.models.inputs import Inputs
 
 # Questions that wait together, at most: enough that what is computed once for all of them no longer counts.
@@ -188,8 +189,26 @@ def _typical(config: Any, branches: Sequence[Edits], lengths: Lengths) -> tuple[
         raise AssertionError("a causal question always has segments")
     (lane,) = make_lanes(rows, inputs, Shapes((lengths.question,), lengths.answer, 1, 1))
     num_layers, num_heads = config.text.num_layers, config.text.num_heads
+    branches = [
+        jax.tree.map(functools.partial(_stand_in, ids.shape[1], lengths.body), edits, is_leaf=_is_positions)
+        for edits in branches
+    ]
     settled = settle(branches, inputs, config.image_token_id, num_layers, num_heads)
     return lane, plan_lane(settled, rows, lane, num_layers)
+
+
+def _is_positions(node: Any) -> bool:
+    return isinstance(node, Positions)
+
+
+def _stand_in(length: int, image_tokens: int, node: Any) -> Any:
+    """Weights of a typical question in place of those of real ones: whole stays whole, all else is in part."""
+    if not isinstance(node, Positions) or node.weights is None:
+        return node
+    weights = np.asarray(node.weights)
+    value = 1.0 if node.role == "image" and (weights == 1).all() else 0.5 * bool((weights != 0).any())
+    slots = image_tokens if node.role == "image" else length
+    return Positions(np.full(slots, value, np.float32), node.role)
 
 
 def _kept(needed: Needs, lengths: Lengths, text: DecoderConfig, itemsize: int, rows: int, contexts: int) -> int:

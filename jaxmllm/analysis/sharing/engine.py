@@ -123,7 +123,8 @@ class Engine:
         """
         inputs = jax.tree.map(np.asarray, inputs)
         rope = self.config.text.rope
-        if rope.kind == "dynamic" and inputs.input_ids.shape[1] > rope.original_max_positions:
+        longest = inputs.input_ids.shape[1] if inputs.position_ids is None else int(inputs.position_ids.max()) + 1
+        if rope.kind == "dynamic" and longest > rope.original_max_positions:
             return None
         rows = find_rows(inputs, answer_ids, self.config.image_token_id, self.config.tokens_per_image)
         if rows is None:

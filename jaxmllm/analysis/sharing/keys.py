@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from jaxmllm.analysis.sharing.work import LaneWork
 
 FORMAT = "jaxmllm shared keys 1"
-SUFFIX = ".safetensors"
+# Of entries alone: the folder may hold other files, a model's weights even, and these must never make room.
+SUFFIX = ".keys.safetensors"
 
 Entry = dict[tuple[int, Segment], KeyValue]
 
@@ -116,10 +118,14 @@ def read_entry(path: Path) -> EntryFile | None:
 
     try:
         entry = EntryFile(path)
-        os.utime(path)  # least recently used ones make room first
     except (OSError, SafetensorError):
-        path.unlink(missing_ok=True)
+        # a broken one is computed and written again; where it cannot be removed, it is in nobody's way
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return None
+    # those that were not used for longest make room first; a folder that may only be read keeps no such times
+    with suppress(OSError):
+        os.utime(path)
     return entry
 
 
@@ -192,7 +198,7 @@ def branch_name(model: str, work: LaneWork, plan: Plan) -> str:
             digest.update(f"{array.dtype} {array.shape} ".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
 
-    digest.update(f"{FORMAT} {model} ".encode())
+    digest.update(f"{FORMAT} {model} {work.dtype} ".encode())
     add(take_slots(np.asarray(work.inputs.input_ids), place.numbers, place.slots))
     add(place.layout.valid, place.layout.positions, np.array(work.chunk(None).lengths[:2]))
     if place.layout.mask is not None:

@@ -82,11 +82,6 @@ def test_branches_that_wait_keep_the_states_of_question_and_answer(plans):
         assert plans[kind, SHORT, 80e9].parts["waiting"] == 0
 
 
-def kept_of_chunk(found, least):
-    """What a chunk takes beyond the least."""
-    return found.parts["chunk"] - least.parts["chunk"]
-
-
 def test_a_chunk_keeps_image_keys_for_knockouts_and_image_states_for_blinds():
     """Two branches less one: what the second adds to a chunk of the same shape."""
     for kind, extra in (
@@ -133,7 +128,7 @@ def needed(message: str) -> float:
 
 @pytest.mark.parametrize("kind", ["erase", "blind", "knockout"])
 def test_a_budget_that_does_not_hold_one_question_is_refused_with_what_it_would_take(kind):
-    with pytest.raises(InputError, match="budget is 1.00 GB") as error:
+    with pytest.raises(InputError, match=r"budget is 1\.00 GB") as error:
         plan(kind, budget=1e9)
     least = needed(str(error.value))
     found = plan(kind, budget=least + 1e7)  # the message rounds to ten megabytes

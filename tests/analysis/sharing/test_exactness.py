@@ -73,7 +73,7 @@ def unlike(seed: int, order, side: str):
     return arrays([forms[number] for number in order], side)
 
 
-@drawn(12)
+@drawn(8)
 @given(SEEDS, LENGTHS, PICTURES, SIDES, st.lists(SPANS, min_size=8, max_size=8), st.tuples(STRENGTHS, STRENGTHS))
 def test_every_edit_of_questions_on_shared_images(seed, lengths, pictures, side, spans, strengths):
     batch, rng = alike(seed, lengths, pictures, side), np.random.default_rng(seed)
@@ -189,6 +189,15 @@ def test_positions_of_the_callers_own():
     jumps[1:, :3], jumps[:, 3:8] = jumps[0, :3], 1  # rows 1 to 4 stand alike up to the image, row 0 does not
     jumps[0, 0] += 2
     batch["position_ids"] = np.cumsum(jumps, axis=1).astype(np.int32)
+    assert_same(fast(cases.model(), batch, erase_and_knockout()), plain(cases.model(), batch, erase_and_knockout()))
+
+
+@SLOW
+@pytest.mark.parametrize("hidden", [[(1, 1)], [(0, 8)], [(1, 4)], [(2, 3), (2, 4), (2, 5), (2, 6)]])
+def test_tokens_that_the_mask_hides(hidden):
+    """A word before the image, one of the question, one image token, all of one row's."""
+    batch = fixed()
+    batch["attention_mask"][tuple(zip(*hidden, strict=True))] = 0
     assert_same(fast(cases.model(), batch, erase_and_knockout()), plain(cases.model(), batch, erase_and_knockout()))
 
 

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from jaxmllm.analysis import blind_image, compose, erase_image, from_layer, knockout, scale_heads
-from jaxmllm.analysis.sharing.keys import SUFFIX, SharedKeys
+from jaxmllm.analysis.sharing.keys import SUFFIX, SharedKeys, branch_name
+from jaxmllm.analysis.sharing.plan import plan_lane
+from jaxmllm.analysis.sharing.segments import make_lanes
+from jaxmllm.analysis.sharing.touch import settle
+from jaxmllm.analysis.sharing.work import LaneWork
 from jaxmllm.model import load
 from tests.analysis.sharing import cases
 from tests.analysis.sharing.cases import SHAPES, engine_of
@@ -79,7 +83,7 @@ def test_another_run_finds_the_keys_on_disk(expected, tmp_path):
     np.testing.assert_array_equal(first, expected)
     np.testing.assert_array_equal(again, expected)
     assert len(entries(folder)) == len(ENTRIES)
-    assert all(path.suffix == SUFFIX and not path.name.startswith(".") for path in entries(folder))
+    assert all(path.name.endswith(SUFFIX) and not path.name.startswith(".") for path in entries(folder))
     assert sum(path.stat().st_size for path in entries(folder)) >= sum(ENTRIES)
 
 
@@ -127,15 +131,32 @@ def test_keys_of_anything_else_are_not_found(change, tmp_path):
     assert computed == spent > 0
 
 
-def test_keys_of_the_same_weights_in_another_precision_are_not_found(tmp_path):
-    """Weights kept in float32 but computed with in bfloat16: other keys, of another type."""
+def name_of(which, edits=BRANCHES[0]) -> str:
+    """The name under which a branch's keys would be kept on disk, without running it."""
+    engine = engine_of(which, SharedKeys(0, cases.GOLDENS, 1))
+    batch, text = fixed(), which.config.text
+    inputs = jax.tree.map(np.asarray, which.as_inputs(batch))
+    rows = cases.rows_of(batch)
+    (lane,) = make_lanes(rows, inputs, SHAPES)
+    settled = settle([edits], dataclasses.replace(inputs, pixel_values=None), cases.IMAGE, L, text.num_heads)
+    work = LaneWork(which.graphdef, which.params, inputs, cases.IMAGE, cases.TOKENS, rows, lane)
+    return branch_name(engine.fingerprint, work, plan_lane(settled, rows, lane, L)[0])
+
+
+def test_keys_of_the_same_weights_computed_in_another_precision_are_not_found():
+    """Weights kept in float32 but computed with in bfloat16 give other keys, of another type."""
     half = load(cases.GOLDENS / "grouped_queries", dtype="bfloat16", param_dtype="float32")
-    branches = BRANCHES[:1]
-    run(on_disk(tmp_path), branches)
-    alone, spent = run(SharedKeys(), branches, which=half)
-    scores, computed = run(on_disk(tmp_path), branches, which=half)
-    assert computed == spent
-    np.testing.assert_array_equal(scores, alone)
+    again = load(cases.GOLDENS / "grouped_queries")
+    assert name_of(cases.model()) == name_of(again)
+    assert name_of(cases.model()) != name_of(half)
+
+
+@pytest.mark.parametrize("precision", ["default", "highest"])
+def test_keys_of_products_in_another_precision_are_not_found(precision):
+    with jax.default_matmul_precision("tensorfloat32"):
+        other = name_of(cases.model())
+    with jax.default_matmul_precision(precision):
+        assert name_of(cases.model()) != other
 
 
 def test_what_a_hidden_vision_tower_does_is_no_reason_to_compute_again(expected, tmp_path):
