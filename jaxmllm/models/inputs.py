@@ -86,6 +86,7 @@ def as_inputs(
         wanted = ", ".join(map(str, pixel_shape))
         raise InputError(f"pixel_values have shape {tuple(pixels.shape)}; this model takes (images, {wanted})")
     images = 0 if pixels is None else pixels.shape[0]
+    pixels = pixels if images else None
     max_image_tokens = min(length, images * tokens_per_image)
     if not isinstance(ids, jax.core.Tracer):
         known = np.asarray(ids)

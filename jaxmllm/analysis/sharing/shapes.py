@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # Questions are padded to one of so many lengths, unless images are shared: an image's questions then stay together.
-LENGTH_CLASSES = 3
+LENGTH_CLASSES = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -275,7 +275,7 @@ class Walk:
                 self.engine.params,
                 states[segments, chunk],
                 place.layout.answer_positions,
-                jnp.asarray(self.answer_ids[shape.rows]),
+                jax.device_put(self.answer_ids[shape.rows]),
                 start=self.work.span(segments, chunk).start,
             )
             self.found.scores.append((table, number, shape.rows[: shape.kept], scores))

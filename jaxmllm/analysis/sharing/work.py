@@ -109,12 +109,12 @@ class LaneWork:
             first = chunk.lengths[0] + chunk.lengths[1] + chunk.lengths[2]
             many = np.array([self.rows[number].length(Segment.ANSWER) for number in numbers])
             width = np.asarray(self.inputs.answer_positions).shape[1]
-            answers = jnp.asarray((first + np.minimum(np.arange(width), many[:, None] - 1)).astype(np.int32))
+            answers = jax.device_put((first + np.minimum(np.arange(width), many[:, None] - 1)).astype(np.int32))
         return Layout(
-            image=jnp.asarray(valid & (take_slots(ids, numbers, slots) == self.image_token_id)),
-            valid=jnp.asarray(valid),
-            positions=jnp.asarray(take_slots(np.asarray(positions, np.int32), numbers, slots)),
-            mask=jnp.asarray(take_pairs(pairs_of(mask), numbers, slots)) if mask.ndim == 4 else None,
+            image=jax.device_put(valid & (take_slots(ids, numbers, slots) == self.image_token_id)),
+            valid=jax.device_put(valid),
+            positions=jax.device_put(take_slots(np.asarray(positions, np.int32), numbers, slots)),
+            mask=jax.device_put(take_pairs(pairs_of(mask), numbers, slots)) if mask.ndim == 4 else None,
             answer_positions=answers,
             max_image_tokens=self.inputs.max_image_tokens,
         )
@@ -128,8 +128,8 @@ class LaneWork:
         features, images = place.features[:, span], None
         if (features >= 0).any():
             pixels = np.asarray(self.inputs.pixel_values)[list(place.images)]
-            images = pure.encode_images(self.graphdef, self.params, jnp.asarray(pixels))
-        return embed(self.graphdef, self.params, jnp.asarray(ids), jnp.asarray(features), images)
+            images = pure.encode_images(self.graphdef, self.params, jax.device_put(pixels))
+        return embed(self.graphdef, self.params, jax.device_put(ids), jax.device_put(features), images)
 
     @functools.cached_property
     def dtype(self) -> Any:
@@ -153,7 +153,7 @@ class LaneWork:
         many = len(self.place(to, chunk).numbers)
         if tier == Tier.GROUP:
             return jnp.broadcast_to(value, (many, *value.shape[1:]))
-        return take_rows(value, jnp.asarray(self.chunk(chunk).owner.astype(np.int32)))
+        return take_rows(value, jax.device_put(self.chunk(chunk).owner.astype(np.int32)))
 
     def lift_keys(self, keys: KeyValue, tier: Tier, to: Tier, chunk: int) -> KeyValue:
         """Keys for the queries of a higher tier: left as they are where every context has equally many rows in turn."""
@@ -163,7 +163,7 @@ class LaneWork:
         contexts = keys.key.shape[0]
         if len(owner) % contexts == 0 and (owner == np.arange(len(owner)) // (len(owner) // contexts)).all():
             return keys
-        return take_rows(keys, jnp.asarray(owner.astype(np.int32)))
+        return take_rows(keys, jax.device_put(owner.astype(np.int32)))
 
     def edits(
         self, branch: Branch, touch: Touch, layer: int, segments: Sequence[Segment], tier: Tier, target: Target
@@ -180,7 +180,7 @@ class LaneWork:
                 for term in terms
             )
 
-        scale = None if branch.head_scale is None else jnp.asarray(branch.head_scale[layer])
+        scale = None if branch.head_scale is None else jax.device_put(branch.head_scale[layer])
         return RunEdits(
             erase=masks(branch.erase, touch.inputs),
             blind=masks(branch.blind, touch.keys),
@@ -193,7 +193,7 @@ class LaneWork:
         key = (id(values), tier, target)
         if key not in self._weights:
             place = self.place(tier, target)
-            self._weights[key] = jnp.asarray(take_slots(values, place.numbers, place.slots))
+            self._weights[key] = jax.device_put(take_slots(values, place.numbers, place.slots))
         return self._weights[key]
 
     def forget(self, chunk: int, needed: Needs) -> None:
