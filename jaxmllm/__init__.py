@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxmllm.analysis.sweeping import SweepResult, sweep
+    from jaxmllm.decoding.generate import Generated, answer, generate
+    from jaxmllm.decoding.sampling import Sampling
     from jaxmllm.errors import CheckpointError, ConfigError, InputError, JaxmllmError, ProcessorError
     from jaxmllm.model import Model, load
     from jaxmllm.models.capture import Capture
@@ -23,12 +25,16 @@ _HOMES = {
     "CheckpointError": "jaxmllm.errors",
     "ConfigError": "jaxmllm.errors",
     "Edits": "jaxmllm.models.edits",
+    "Generated": "jaxmllm.decoding.generate",
     "InputError": "jaxmllm.errors",
     "JaxmllmError": "jaxmllm.errors",
     "Model": "jaxmllm.model",
     "Output": "jaxmllm.models.forward",
     "ProcessorError": "jaxmllm.errors",
+    "Sampling": "jaxmllm.decoding.sampling",
     "SweepResult": "jaxmllm.analysis.sweeping",
+    "answer": "jaxmllm.decoding.generate",
+    "generate": "jaxmllm.decoding.generate",
     "load": "jaxmllm.model",
     "sweep": "jaxmllm.analysis.sweeping",
 }
@@ -38,12 +44,16 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Edits",
+    "Generated",
     "InputError",
     "JaxmllmError",
     "Model",
     "Output",
     "ProcessorError",
+    "Sampling",
     "SweepResult",
+    "answer",
+    "generate",
     "load",
     "sweep",
 ]

@@ -18,6 +18,7 @@ from jaxmllm import processing
 from jaxmllm.analysis.geometry import ImageTokens, geometry
 from jaxmllm.convert import checkpoint, store
 from jaxmllm.convert.tables import NAME_TABLES
+from jaxmllm.decoding.stopping import Endings, read_endings
 from jaxmllm.errors import CheckpointError, InputError
 from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import Capture
@@ -77,6 +78,11 @@ class Model:
           ProcessorError: naming the files that are missing.
         """
         return processing.load_processor(self.folder, self.config)
+
+    @functools.cached_property
+    def endings(self) -> Endings:
+        """The tokens that end an answer; see ``jaxmllm.decoding.stopping``."""
+        return read_endings(self.folder, self.config.model_type)
 
     def prepare(
         self,

@@ -7,7 +7,7 @@ captures taken there, so the arithmetic below reads as the model's alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxmllm.models.attention import BLOCKED, KeyValue, attention, attention_rows
 from jaxmllm.models.capture import ATTENTION, EARLY_LOGITS, Capture, Site, row_index
-from jaxmllm.models.edits import Edits, Hook, LayerEdits, knockout_bias, resolve
-from jaxmllm.models.layers import Builder, GatedMlp, rope_tables, rotate
+from jaxmllm.models.edits import Edits, Hook, LayerEdits, ResolvedEdits, knockout_bias, resolve
+from jaxmllm.models.layers import Builder, GatedMlp, Leaf, rope_tables, rotate
 from jaxmllm.models.layout import Layout, gather_rows
 from jaxmllm.models.text_config import DecoderConfig
 
@@ -47,15 +47,15 @@ class Tap:
     hooks: tuple[tuple[str, Hook], ...]
     capture: Capture
     layout: Layout
-    start: int
-    stop: int
+    start: int | Int[Array, ""]
+    stop: int | Int[Array, ""]
     windows: tuple[int | None, ...] | None = None
     captured: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def __call__(self, site: str, value: Float[Array, "B run D"]) -> Float[Array, "B run D"]:
         keep = self.edits.erase if site == ERASE_SITE else self.edits.blind if site in BLIND_SITES else None
         if keep is not None:
-            value = value * keep[:, self.start : self.stop, None].astype(value.dtype)
+            value = value * self.of_run(keep)[..., None].astype(value.dtype)
         value = self.run_hooks(site, value)
         wanted = self.capture.site(site)
         if wanted is not None:
@@ -68,9 +68,14 @@ class Tap:
                 value = hook(value, self.layer)
         return value
 
+    def of_run(self, values: Float[Array, "B S"]) -> Float[Array, "B run"]:
+        """What holds of the positions of the run."""
+        return values[:, self.start : self.stop]
+
     def rows(self, wanted: Site) -> Int[Array, "B R"]:
         """The rows a site asks for, counted from the start of the run."""
-        return row_index(wanted.rows, self.layout) - self.start
+        rows = row_index(wanted.rows, self.layout)
+        return (rows[:, self.start : self.stop] if wanted.rows == "all" else rows) - self.start
 
     def bias(self, rows: Int[Array, "#B R"], seen: int) -> Float[Array, "#B R seen"]:
         """Additive attention bias of query positions to the first keys: causality, padding and knockouts."""
@@ -88,21 +93,24 @@ class Tap:
 
     def attend(self, query: Array, own: KeyValue, past: Sequence[KeyValue]) -> Float[Array, "B run H E"]:
         """Attention of the run to what it may see; the weights of the rows asked for are computed apart and kept."""
-
-        def bias_of(start: int, stop: int, seen: int) -> Array:
-            return self.bias(jnp.arange(self.start + start, self.start + stop)[None], seen)
-
         wanted = self.capture.site(ATTENTION)
         if wanted is not None:
             rows = self.rows(wanted)
             parts = (*past, own)
-            self.keep_attention(
-                wanted, attention_rows(gather_rows(query, rows), parts, self.bias(rows + self.start, self.stop))
-            )
-        mixed = attention(query, own, past, bias_of, causal=self.layout.mask is None)
+            bias = self.bias(rows + self.start, sum(part.length for part in parts))
+            self.keep_attention(wanted, attention_rows(gather_rows(query, rows), parts, bias))
+        mixed = self.mix(query, own, past)
         if self.edits.head_scale is not None:
             mixed = mixed * self.edits.head_scale[:, None].astype(mixed.dtype)
         return self.run_hooks("z", mixed)
+
+    def mix(self, query: Array, own: KeyValue, past: Sequence[KeyValue]) -> Float[Array, "B run H E"]:
+        """Attention of the run to what stands before it and to itself."""
+
+        def bias_of(start: int, stop: int, seen: int) -> Array:
+            return self.bias(jnp.arange(self.start + start, self.start + stop)[None], seen)
+
+        return attention(query, own, past, bias_of, causal=self.layout.mask is None)
 
     def keep_attention(self, wanted: Site, weights: Float[Array, "B H R T"]) -> None:
         if wanted.heads == "mean":
@@ -199,21 +207,49 @@ class Decoder(nnx.Module):
         Returns:
           The last layer's output (before the final norm) and the captured sites, each with a leading layer axis.
         """
+        resolved = resolve(edits, self.config.num_layers, self.config.num_heads, layout)
+
+        def tap(layer: Array, edits: LayerEdits, _: Leaf) -> Tap:
+            acting = (edits, resolved.queries_and_keys, resolved.hooks)
+            return Tap(layer, *acting, capture, layout, 0, layout.length, self.config.windows)
+
+        return self.run(hidden, layout.positions, resolved, tap, lambda tap, own: tap.captured)
+
+    def run(
+        self,
+        hidden: Float[Array, "B run D"],
+        positions: Int[Array, "B run *axes"],
+        resolved: ResolvedEdits,
+        tap_of: Callable[[Array, LayerEdits, Leaf], Tap],
+        keep: Callable[[Tap, KeyValue], Leaf],
+        per_layer: Leaf = (),
+    ) -> tuple[Float[Array, "B run D"], Leaf]:
+        """Runs every layer over a run of positions: one scan, whatever is kept on the way.
+
+        Args:
+          hidden: what enters layer 0.
+          positions: rotary positions of the run.
+          resolved: edits, as ``resolve`` spells them out.
+          tap_of: a layer's number, its edits and its part of ``per_layer`` -> the tap that stands at its sites.
+          keep: the tap after the layer, and the layer's keys and values of the run -> what is stacked over the layers.
+          per_layer: anything whose leaves have a leading layer axis.
+
+        Returns:
+          The last layer's output and what ``keep`` returned, with a leading layer axis.
+        """
         config = self.config
-        resolved = resolve(edits, config.num_layers, config.num_heads, layout)
-        rope = rope_tables(config.rope, config.head_dim, layout.positions)
+        rope = rope_tables(config.rope, config.head_dim, positions)
         graphdef, params = nnx.split(self.layers)
 
-        def step(hidden: Array, layer: tuple) -> tuple[Array, dict[str, Array]]:
-            index, layer_params, layer_edits = layer
-            acting = (layer_edits, resolved.queries_and_keys, resolved.hooks)
-            tap = Tap(index, *acting, capture, layout, 0, layout.length, config.windows)
-            hidden, _ = nnx.merge(graphdef, layer_params)(hidden, rope, tap)
-            early = capture.site(EARLY_LOGITS)
+        def step(hidden: Array, layer: tuple) -> tuple[Array, Leaf]:
+            index, layer_params, *of_layer = layer
+            tap = tap_of(index, *of_layer)
+            hidden, own = nnx.merge(graphdef, layer_params)(hidden, rope, tap)
+            early = tap.capture.site(EARLY_LOGITS)
             if early is not None:
-                tap.captured[EARLY_LOGITS] = self.logits(gather_rows(hidden, row_index(early.rows, layout)))
-            return hidden, tap.captured
+                tap.captured[EARLY_LOGITS] = self.logits(gather_rows(hidden, tap.rows(early)))
+            return hidden, keep(tap, own)
 
         # Recomputed in the backward pass, a layer need not store its S x S weights; forward is unaffected.
         step = jax.checkpoint(step)
-        return jax.lax.scan(step, hidden, (jnp.arange(config.num_layers), params, resolved.layers))
+        return jax.lax.scan(step, hidden, (jnp.arange(config.num_layers), params, resolved.layers, per_layer))

@@ -140,13 +140,7 @@ def test_weighted_positions_and_strength(plain_pair):
 def test_head_scale(plain_pair):
     inputs = tiny.make_inputs(plain_pair, tiny.LAYOUTS["one_image"])
     scale = np.array([0.0, 1.0, 2.0, -0.5], np.float32)
-    width = plain_pair.jax.config.text.head_dim
-    per_column = torch.from_numpy(np.repeat(scale, width))
-
-    def edit(layers):
-        return [layers[2].self_attn.o_proj.register_forward_pre_hook(lambda m, args: (args[0] * per_column,))]
-
-    compare(plain_pair, inputs, scale_heads(2, scale), edit)
+    compare(plain_pair, inputs, scale_heads(2, scale), reference.scale_heads([2], scale))
 
 
 def test_hook_at_a_site(plain_pair):

@@ -124,3 +124,15 @@ def knockout(layers_edited, queries, keys):
         return [layers[i].self_attn.register_forward_pre_hook(hook, with_kwargs=True) for i in layers_edited]
 
     return edit
+
+
+def scale_heads(layers_edited, scale):
+    """The heads' outputs are scaled before the output projection."""
+
+    def hook(module, args):
+        return (args[0] * torch.from_numpy(np.repeat(scale, args[0].shape[-1] // len(scale))),)
+
+    def edit(layers):
+        return [layers[i].self_attn.o_proj.register_forward_pre_hook(hook) for i in layers_edited]
+
+    return edit

@@ -1,0 +1,281 @@
+"""Generation: one compiled pass over the prompts, one compiled loop over the tokens that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmllm.decoding.cache import Cache, prefill, step, with_room
+from jaxmllm.decoding.sampling import Sampling, choose
+from jaxmllm.errors import InputError, ProcessorError
+from jaxmllm.models import forward as pure
+from jaxmllm.models.capture import Capture
+from jaxmllm.models.edits import Edits, resolve
+from jaxmllm.models.images import bucket_of
+from jaxmllm.models.inputs import Inputs
+from jaxmllm.models.layers import Leaf
+from jaxmllm.models.layout import Layout
+from jaxmllm.processing import ImageLike
+
+MAX_NEW_TOKENS = 64
+# Slots for generated tokens are a multiple of one of these, so that unlike limits share programs.
+ROOM_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What was generated for a batch; N is the length of the longest answer.
+
+    Attributes:
+      tokens ``[B, N]``: token ids, the stop token included; padding behind it.
+      lengths ``[B]``: tokens of each answer, the stop token included.
+      log_probabilities ``[B, N]``: of each token under the model (before temperature and what else sampling does to the
+        distribution), natural logarithm; 0 at padding.
+      stopped ``[B]``: whether a stop token ended the answer, rather than the limit.
+      texts: the answers without special tokens and white space around them; ``None`` where the checkpoint's folder
+        holds no processor.
+      captured: what was captured of the pass over the prompts.
+    """
+
+    tokens: Int[np.ndarray, "B N"]
+    lengths: Int[np.ndarray, " B"]
+    log_probabilities: Float[np.ndarray, "B N"]
+    stopped: Bool[np.ndarray, " B"]
+    texts: tuple[str, ...] | None
+    captured: dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """The state of the loop over tokens.
+
+    Attributes:
+      step ``[]``: tokens chosen so far.
+      cache: keys and values so far.
+      tokens ``[B, room]``, log_probabilities ``[B, room]``: chosen so far.
+      lengths ``[B]``, stopped ``[B]``: as in ``Generated``.
+    """
+
+    step: Leaf
+    cache: Cache
+    tokens: Leaf
+    log_probabilities: Leaf
+    lengths: Leaf
+    stopped: Leaf
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "capture", "room"))
+def run_prompts(
+    graphdef: nnx.GraphDef, params: pure.Params, inputs: Inputs, edits: Edits | None, capture: Capture, room: int
+) -> tuple[Float[Array, "B V"], Cache, Layout, dict[str, Array]]:
+    """Compiled pass over the prompts: first logits, the cache with room behind them, its layout, what was captured."""
+    module = pure.merge(graphdef, params)
+    prompts = pure.layout_of(inputs, module.config.image_token_id)
+    decoder = module.decoder.config
+    resolve(edits, decoder.num_layers, decoder.num_heads, prompts)  # raises where position weights do not fit
+    layout = with_room(prompts, room)
+    logits, cache, captured = prefill(module, pure.embed(module, inputs), layout, edits, capture)
+    return logits, cache, layout, captured
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "room"), donate_argnames=("cache",))
+def run_tokens(
+    graphdef: nnx.GraphDef,
+    params: pure.Params,
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    layout: Layout,
+    edits: Edits | None,
+    sampling: Sampling | None,
+    keys: Leaf | None,
+    endings: tuple[Int[Array, " n"], Int[Array, ""]],
+    limit: Int[Array, ""],
+    room: int,
+) -> Decoded:
+    """Compiled loop: chooses tokens until every example has stopped or has ``limit`` of them.
+
+    Args:
+      graphdef, params: of the model.
+      logits, cache, layout: of ``run_prompts``.
+      edits: as there.
+      sampling: see ``choose``.
+      keys ``[B]``: a random key an example; ``None`` where nothing is drawn.
+      endings: stop tokens, and the token behind an answer's end.
+      limit: tokens an answer, at most ``room``.
+      room: slots for generated tokens.
+    """
+    module = pure.merge(graphdef, params)
+    stop_tokens, pad_token = endings
+    first = layout.length - room
+
+    def take(state: Decoded, logits: Array, cache: Cache) -> Decoded:
+        token = choose(logits, keys, state.step, sampling)
+        log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1)[:, 0]
+        going = ~state.stopped
+        return Decoded(
+            step=state.step + 1,
+            cache=cache,
+            tokens=state.tokens.at[:, state.step].set(jnp.where(going, token, pad_token)),
+            log_probabilities=state.log_probabilities.at[:, state.step].set(jnp.where(going, log_probability, 0.0)),
+            lengths=state.lengths + going,
+            stopped=state.stopped | (token[:, None] == stop_tokens).any(axis=-1),
+        )
+
+    def unfinished(state: Decoded) -> Array:
+        return (state.step < limit) & ~state.stopped.all()
+
+    def next_token(state: Decoded) -> Decoded:
+        before = state.step - 1
+        return take(state, *step(module, state.tokens[:, before], first + before, layout, edits, state.cache))
+
+    batch = len(logits)
+    begin = Decoded(
+        step=jnp.int32(0),
+        cache=cache,
+        tokens=jnp.full((batch, room), pad_token, jnp.int32),
+        log_probabilities=jnp.zeros((batch, room), jnp.float32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+    )
+    return jax.lax.while_loop(unfinished, next_token, take(begin, logits, cache))
+
+
+def generate(
+    model: Any,
+    inputs: Mapping[str, Any] | Inputs,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    sampling: Sampling | None = None,
+    key: Array | None = None,
+    row_numbers: Sequence[int] | None = None,
+    edits: Edits | None = None,
+    capture: Capture | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    params: pure.Params | None = None,
+) -> Generated:
+    """Answers a batch of prompts, of unlike lengths and padded on either side.
+
+    Greedy unless ``sampling`` is given. Keys and values of all positions lie in a cache of fixed size, so that there
+    are two programs: one over the prompts, one over all tokens that follow. Their shapes are rounded up (``as_inputs``
+    with ``bucketed``, and 16, 32, 64, ... new tokens), so few are compiled.
+
+    Random numbers: example b draws its token number t with ``fold_in(fold_in(key, row_numbers[b]), t)``. So what is
+    drawn depends on the key and on the number of the row, and neither on the batch around it nor on its size.
+
+    Edits hold for prompts and generated tokens: an image that is hidden from a layer stays hidden, and a knockout from
+    ``question`` includes the answer as it is generated. ``last`` stays the last token of the prompt. Position weights
+    for ``all`` are 0 behind the prompt. Hooks (``at_site``) see the prompts ``[B, S, D]``, then one token at a time.
+
+    Args:
+      model: a loaded model.
+      inputs: prompts, from ``model.prepare`` or a Hugging Face processor.
+      max_new_tokens: tokens an answer, at most.
+      sampling: how tokens are drawn.
+      key: of ``jax.random.key``; needed where tokens are drawn.
+      row_numbers: what each example is counted as; by default its place in the batch.
+      edits: interventions, from ``jaxmllm.analysis``.
+      capture: what to keep of the pass over the prompts.
+      stop_tokens: ids that end an answer; by default those of the checkpoint (``model.endings``).
+      params: weights to use instead of ``model.params``.
+
+    Raises:
+      InputError: inputs or edits that do not fit the model, sampling without a key, a limit below 1.
+
+    Source: transformers' ``generate``, whose greedy tokens these are.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    checked = model.as_inputs(inputs, bucketed=True)
+    batch = len(checked.input_ids)
+    if checked.answer_positions is not None:
+        raise InputError("inputs hold answer_positions: answers follow the prompts; generate takes prompts alone")
+    if checked.attention_mask.ndim != 2:
+        raise InputError("attention_mask is over pairs of positions; generate takes one of shape (batch, sequence)")
+    if edits is not None:
+        edits.check(model.num_layers)
+    params = model.params if params is None else params
+    stop = model.endings.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+    room = room_for(max_new_tokens)
+    logits, cache, layout, captured = run_prompts(model.graphdef, params, checked, edits, capture or Capture(), room)
+    done = run_tokens(
+        model.graphdef,
+        params,
+        logits,
+        cache,
+        layout,
+        edits,
+        sampling,
+        row_keys(batch, sampling, key, row_numbers),
+        (np.array(stop, np.int32), np.int32(model.endings.pad_token)),
+        np.int32(max_new_tokens),
+        room,
+    )
+    width = int(done.step)
+    tokens, lengths = np.asarray(done.tokens)[:, :width], np.asarray(done.lengths)
+    return Generated(
+        tokens=tokens,
+        lengths=lengths,
+        log_probabilities=np.asarray(done.log_probabilities)[:, :width],
+        stopped=np.asarray(done.stopped),
+        texts=read_texts(model, [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]),
+        captured=captured,
+    )
+
+
+def room_for(max_new_tokens: int) -> int:
+    """Slots that are kept for so many generated tokens."""
+    return bucket_of(max_new_tokens, ROOM_BUCKETS)
+
+
+def row_keys(
+    batch: int, sampling: Sampling | None, key: Array | None, row_numbers: Sequence[int] | None
+) -> Leaf | None:
+    """One random key an example; ``None`` where nothing is drawn.
+
+    Raises:
+      InputError: no key, sampling out of range, or not one number an example.
+    """
+    if sampling is None:
+        return None
+    sampling.check()
+    if key is None:
+        raise InputError("sampling needs a key: give key=jax.random.key(seed)")
+    numbers = np.arange(batch) if row_numbers is None else np.asarray(row_numbers)
+    if numbers.shape != (batch,):
+        raise InputError(f"row_numbers have shape {numbers.shape}; there are {batch} prompts")
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers.astype(np.uint32))
+
+
+def read_texts(model: Any, answers: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
+    """Answers as text; ``None`` where the model's folder holds no processor."""
+    try:
+        tokenizer = model.processor.tokenizer
+    except ProcessorError:
+        return None
+    return tuple(tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers)
+
+
+def answer(
+    model: Any, images: Sequence[ImageLike | Sequence[ImageLike]], questions: Sequence[str], **options: Any
+) -> list[str]:
+    """Answers questions about images.
+
+    Args:
+      model: a loaded model.
+      images: for each question one image, or a list of them.
+      questions: plain questions, or whole prompts that hold the image placeholder.
+      options: as for ``generate``.
+
+    Raises:
+      ProcessorError, InputError: as ``model.prepare`` and ``generate``.
+    """
+    return list(generate(model, model.prepare(images, questions), **options).texts or ())
