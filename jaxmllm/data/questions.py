@@ -10,13 +10,13 @@ in pixels of the image, are read where they are given.
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxmllm.data.fields import Box, RecordError, boxes_field, mapping, text_field
+from jaxmllm.data.records import Place, json_lines, open_binary
 from jaxmllm.errors import InputError
-
-Box = tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,66 +49,54 @@ def read_questions(path: str | Path, image_folder: str | Path) -> list[Question]
         a file without questions.
     """
     path, image_folder = Path(path), Path(image_folder)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such question file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from error
+    if not path.exists():
+        raise InputError(f"{path}: no such question file")
+    records = json_lines(path)
     if not image_folder.is_dir():
         raise InputError(f"{image_folder}: no such image folder")
+
+    def find_image(where: str, name: str) -> Path:
+        image = image_folder / name
+        if not image.is_file():
+            raise RecordError(where, f"no image {image}")
+        return image
+
     questions: list[Question] = []
     first_line: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        question = _parse(line, f"{path}, line {number}", number, image_folder)
-        if question.question_id in first_line:
-            raise InputError(
-                f"{path}, line {number}: question_id {question.question_id} is already on line "
-                f"{first_line[question.question_id]}"
-            )
-        first_line[question.question_id] = number
-        questions.append(question)
+    with open_binary(path) as file:
+        for number in range(len(records)):
+            place = records.place(number)
+            record = records.read(file, number)
+            asked = question_parts(record, place, find_image)
+            question = Question(**asked, answer=text_field(record, "answer", place.where).strip())
+            if question.question_id in first_line:
+                raise RecordError(
+                    place.where,
+                    f"question_id {question.question_id} is already on line {first_line[question.question_id]}",
+                )
+            first_line[question.question_id] = place.line
+            questions.append(question)
     if not questions:
         raise InputError(f"{path}: holds no questions")
     return questions
 
 
-def _parse(line: str, where: str, number: int, image_folder: Path) -> Question:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
-    for name in ("image", "text", "answer"):
-        if not isinstance(fields.get(name), str) or not fields[name].strip():
-            raise InputError(f"{where}: field {name!r} is {fields.get(name)!r}; expected text")
-    image = image_folder / fields["image"]
-    if not image.is_file():
-        raise InputError(f"{where}: no image {image}")
-    return Question(
-        question_id=str(number if fields.get("question_id") is None else fields["question_id"]),
-        image=image,
-        text=fields["text"],
-        category=str("all" if fields.get("category") is None else fields["category"]),
-        answer=fields["answer"].strip(),
-        boxes=_boxes(fields.get("boxes"), f"{where}: field 'boxes'"),
-        objects=_boxes(fields.get("objects"), f"{where}: field 'objects'"),
-    )
+def question_parts(record: Any, place: Place, find_image: Callable[[str, str], Path]) -> dict[str, Any]:
+    """All that a line says of a question, its answer aside, by the names of ``Question``.
 
+    Args:
+      find_image: where the record stands, name of its image -> the image; raises ``RecordError``.
 
-def _boxes(value: Any, where: str) -> tuple[Box, ...] | None:
-    if value is None:
-        return None
-    try:
-        if not isinstance(value, list):
-            raise TypeError
-        boxes = tuple((float(left), float(top), float(right), float(bottom)) for left, top, right, bottom in value)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: expected a list of [left, top, right, bottom] in pixels, found {value!r}") from None
-    for box in boxes:
-        if not (box[0] < box[2] and box[1] < box[3]):
-            raise InputError(f"{where}: {list(box)} is not a box [left, top, right, bottom]")
-    return boxes
+    Raises:
+      RecordError: not a JSON object, a missing or empty field, boxes that are none, a missing image.
+    """
+    fields = mapping(record, place.where)
+    name, text = (text_field(fields, field, place.where) for field in ("image", "text"))
+    return {
+        "question_id": str(place.line if fields.get("question_id") is None else fields["question_id"]),
+        "image": find_image(place.where, name),
+        "text": text,
+        "category": str("all" if fields.get("category") is None else fields["category"]),
+        "boxes": boxes_field(fields, "boxes", place.where),
+        "objects": boxes_field(fields, "objects", place.where),
+    }

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxmllm.errors import ProcessorError
 
-# Anything that shows one picture: a PIL image, an array [H, W, C] of uint8, or the path of an image file.
-ImageLike = Image.Image | np.ndarray | str | Path
+
+@dataclasses.dataclass(frozen=True)
+class StoredImage:
+    """An image file that stands inside another file, as those of MMBench's tables do.
+
+    Attributes:
+      name: what messages and results call it.
+      data: the bytes of the image file.
+    """
+
+    name: str
+    data: bytes = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# Anything that shows one picture: a PIL image, an array [H, W, C] of uint8, the path of an image file, or its bytes.
+ImageLike = Image.Image | np.ndarray | str | Path | StoredImage
 
 
 def open_image(image: ImageLike) -> Image.Image:
@@ -20,16 +39,16 @@ def open_image(image: ImageLike) -> Image.Image:
     Raises:
       ProcessorError: a file that is missing, broken or of no known format; an image without pixels.
     """
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, Path, StoredImage)):
         try:
-            with Image.open(image) as opened:
+            with Image.open(_file_of(image)) as opened:
                 opened.load()
                 picture: Image.Image = opened
         except FileNotFoundError:
             raise ProcessorError(f"{image}: no such image") from None
         except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
             # Pillow's decoders raise any of these on a broken file
-            raise ProcessorError(f"{image}: broken, or not an image ({error})") from error
+            raise ProcessorError(f"{image}: broken, or not an image ({describe(error)})") from error
         where = str(image)
     elif isinstance(image, np.ndarray):
         where = f"image array of shape {image.shape}"
@@ -55,6 +74,15 @@ def open_image(image: ImageLike) -> Image.Image:
     return upright.convert("RGB")
 
 
+def describe(error: Exception) -> str:
+    """What Pillow says of a file; where it does not know the format it names an address in memory at times."""
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def _file_of(image: str | Path | StoredImage) -> str | Path | io.BytesIO:
+    return io.BytesIO(image.data) if isinstance(image, StoredImage) else image
+
+
 def as_list(entry: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     """One image, or several, as a list."""
     return list(entry) if isinstance(entry, (list, tuple)) else [entry]  # type: ignore[list-item]
@@ -69,14 +97,14 @@ def image_size(image: ImageLike) -> tuple[int, int]:
     Raises:
       ProcessorError: as ``open_image``, as far as that can be told without the pixels.
     """
-    if not isinstance(image, (str, Path)):
+    if not isinstance(image, (str, Path, StoredImage)):
         return open_image(image).size
     try:
-        with Image.open(image) as opened:
+        with Image.open(_file_of(image)) as opened:
             width, height = opened.size
             turned = opened.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except FileNotFoundError:
         raise ProcessorError(f"{image}: no such image") from None
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ProcessorError(f"{image}: broken, or not an image ({error})") from error
+        raise ProcessorError(f"{image}: broken, or not an image ({describe(error)})") from error
     return (height, width) if turned else (width, height)

@@ -13,6 +13,7 @@ from jaxmllm.data.metrics import (
     anls,
     evalai_normalise,
     gqa_match,
+    mmbench_accuracies,
     mmbench_circular,
     mmbench_option,
     okvqa_accuracy,
@@ -408,7 +409,8 @@ def rows(**flags):
     "index 0": (rows(i0=True, i1000000=True), (1.0, 1.0, 1.0)),
 })  # fmt: skip
 def test_mmbench_circular(given_rows, expected):
-    assert dataclasses.astuple(mmbench_circular(iter(given_rows))) == pytest.approx(expected)
+    assert dataclasses.astuple(mmbench_accuracies(iter(given_rows))) == pytest.approx(expected)
+    assert mmbench_circular(iter(given_rows)) == pytest.approx(expected[0])
 
 
 @table("given_rows, fault", {
@@ -431,14 +433,14 @@ def test_bad_rows_are_named(given_rows, fault):
 def test_circular_is_at_most_vanilla_and_does_not_see_the_order(flags, random):
     flags |= {(base, 0): flags.get((base, 0), False) for base, _ in flags} | {(9, 0): True}
     given_rows = [{"index": base + turn * 1_000_000, "correct": flag} for (base, turn), flag in flags.items()]
-    scores = mmbench_circular(given_rows)
+    scores = mmbench_accuracies(given_rows)
     bases = {base for base, _ in flags}
     whole = [all(flag for (base, _), flag in flags.items() if base == one) for one in bases]
     assert scores.circular == pytest.approx(sum(whole) / len(whole))
     assert 0 < scores.circular <= scores.vanilla <= 1
     assert 0 < scores.vanilla_all <= 1
     random.shuffle(given_rows)
-    assert mmbench_circular(given_rows) == scores
+    assert mmbench_accuracies(given_rows) == scores
 
 
 # POPE ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxmllm.data.metrics.docvqa import anls
 from jaxmllm.data.metrics.evalai import okvqa_accuracy, textvqa_accuracy, vizwiz_accuracy
 from jaxmllm.data.metrics.gqa import gqa_match
-from jaxmllm.data.metrics.mmbench import CircularAccuracy, mmbench_circular, mmbench_option
+from jaxmllm.data.metrics.mmbench import CircularAccuracy, mmbench_accuracies, mmbench_circular, mmbench_option
 from jaxmllm.data.metrics.normalisation import evalai_normalise, vqa_normalise
 from jaxmllm.data.metrics.pope import PopeScores, pope_label, pope_scores
 from jaxmllm.data.metrics.vqa import vqa_accuracy
@@ -20,6 +20,7 @@ __all__ = [
     "anls",
     "evalai_normalise",
     "gqa_match",
+    "mmbench_accuracies",
     "mmbench_circular",
     "mmbench_option",
     "okvqa_accuracy",

@@ -96,8 +96,20 @@ def _option_by_text(prediction: str, choices: Mapping[str, str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def mmbench_circular(rows: Iterable[Mapping[str, Any]]) -> CircularAccuracy:
-    """Accuracy on questions that are asked again with their options rotated.
+def mmbench_circular(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Circular accuracy, MMBench's own score: the share of base questions of which every rotation is right.
+
+    Args:
+      rows: as of :func:`mmbench_accuracies`.
+
+    Raises:
+      InputError: as :func:`mmbench_accuracies`.
+    """
+    return mmbench_accuracies(rows).circular
+
+
+def mmbench_accuracies(rows: Iterable[Mapping[str, Any]]) -> CircularAccuracy:
+    """Accuracies on questions that are asked again with their options rotated.
 
     A row's base question is ``index % 1_000_000``; the row whose index that is asks it as it stands.
 
