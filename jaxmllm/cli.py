@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxmllm.errors import JaxmllmError
-
-if TYPE_CHECKING:
-    from jaxmllm.analysis.study import Curves as StudyCurves
-    from jaxmllm.analysis.study import PointingTable, Study
+from jaxmllm.errors import InputError, JaxmllmError
 
 app = typer.Typer(
     help="Where does vision meet language? Multimodal LLMs in JAX, for interpretability.",
@@ -49,6 +42,27 @@ CacheLimit = Annotated[float, typer.Option(min=0.0, help="GB the cache may take;
 Limit = Annotated[int | None, typer.Option(min=1, help="Take only the first so many questions.")]
 Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")]
 Examples = Annotated[int, typer.Option(min=0, help="Questions whose attention is drawn.")]
+BENCHMARKS = "gqa, vqav2, okvqa, vizwiz, textvqa, textvqa-ocr, docvqa, mmbench, pope, llava or scenes."
+Benchmark = Annotated[
+    str | None,
+    typer.Option(help=BENCHMARKS),
+]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder of the benchmark's official files; scenes come with the package.")
+]
+Split = Annotated[str | None, typer.Option(help="One of the benchmark's splits; by default its usual one.")]
+Prompt = Annotated[
+    str | None, typer.Option(help="Template with {question} in it, or a TOML file in the form of prompts.toml.")
+]
+Conversation = Annotated[
+    str | None, typer.Option(help="A conversation of prompts.toml instead of the chat template: vicuna_v1.")
+]
+NewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens an answer may have; by default the benchmark's own number.")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out, and list, what cannot be read, rather than to stop at it.")
+]
 
 
 @app.command()
@@ -57,18 +71,28 @@ def demo(
     limit: Limit = None,
 ) -> None:
     """Finds the fusion layers of the embedded model on its held-out scenes. Needs no network and no GPU."""
+    from jaxmllm.commands.study import Options, study_file
+
     logdir = logdir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    study_file(
-        DEMO / "model", DEMO / "questions" / "questions.jsonl", DEMO / "questions" / "images", logdir, limit=limit
-    )
+    questions = DEMO / "questions"
+    study_file(DEMO / "model", questions / "questions.jsonl", questions / "images", logdir, Options(), limit)
 
 
 @app.command()
 def sweep(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, Orbax store, or org/name on the hub.")],
-    questions: Annotated[Path, typer.Option(help="Question file in LLaVA's JSONL form, with an answer field.")],
-    images: Annotated[Path, typer.Option(help="Folder of the images it names.")],
     logdir: Logdir,
+    questions: Annotated[
+        Path | None, typer.Option(help="Question file in LLaVA's JSONL form, with an answer field.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images it names.")] = None,
+    benchmark: Benchmark = None,
+    data: Data = None,
+    split: Split = None,
+    prompt: Prompt = None,
+    conversation: Conversation = None,
+    max_new_tokens: NewTokens = None,
+    skip_bad: SkipBad = False,
     edits: Curves = ["erase", "blind", "blind:from", "knockout"],  # noqa: B006  typer copies it
     batch_size: BatchSize = 16,
     limit: Limit = None,
@@ -79,10 +103,33 @@ def sweep(
     cache: Cache = None,
     cache_limit: CacheLimit = 4.0,
 ) -> None:
-    """Hides the image at every layer of a model and reports how the answers suffer."""
-    study_file(
-        model, questions, images, logdir, edits, batch_size, limit, dtype, examples, plain, budget, cache, cache_limit
-    )
+    """Hides the image at every layer of a model and reports how the answers suffer.
+
+    Asks the questions of a file (--questions, --images), or those of a benchmark (--benchmark, --data); then answers
+    are generated at every layer too, and scored as the benchmark's evaluator does.
+    """
+    from jaxmllm.commands.study import Options, study_benchmark, study_file
+    from jaxmllm.evaluation.request import Request
+
+    options = Options(edits, batch_size, dtype, examples, plain, budget, cache, cache_limit)
+    if benchmark is not None and questions is None and images is None:
+        request = Request(
+            model=model,
+            benchmark=benchmark,
+            data=data,
+            split=split,
+            limit=limit,
+            skip_bad=skip_bad,
+            prompt=prompt,
+            conversation=conversation,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+        )
+        study_benchmark(request, logdir, options)
+    elif benchmark is None and questions is not None and images is not None:
+        study_file(model, questions, images, logdir, options, limit)
+    else:
+        raise InputError("a sweep asks either a question file (--questions and --images) or a benchmark (--benchmark)")
 
 
 @app.command()
@@ -100,96 +147,72 @@ def convert(
     Console().print(f"wrote {destination}")
 
 
-def study_file(
-    model: str | Path,
-    questions: Path,
-    images: Path,
-    logdir: Path,
-    edits: list[str] | None = None,
-    batch_size: int = 16,
-    limit: int | None = None,
-    dtype: str = "float32",
-    examples: int = 8,
-    plain: bool = False,
-    budget: float | None = None,
-    cache: Path | None = None,
-    cache_limit: float = 4.0,
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, Orbax store, or org/name on the hub.")],
+    benchmark: Annotated[str, typer.Option(help=BENCHMARKS)],
+    data: Data = None,
+    logdir: Annotated[
+        Path | None, typer.Option(help="Folder of the run, by default one under runs/; a run that stopped goes on.")
+    ] = None,
+    split: Split = None,
+    limit: Limit = None,
+    edits: Annotated[
+        str | None,
+        typer.Option(help="Interventions during generation: erase:12, blind:3-7, knockout:8-, erase:12+knockout:0-3."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Questions computed together; by default as many as fit.")
+    ] = None,
+    max_new_tokens: NewTokens = None,
+    temperature: Annotated[float | None, typer.Option(help="Draw tokens at this temperature; else greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most probable tokens up to this sum.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    prompt: Prompt = None,
+    conversation: Conversation = None,
+    dtype: Dtype = "float32",
+    budget: Budget = None,
+    skip_bad: SkipBad = False,
+    examples: Annotated[int, typer.Option(min=0, help="Questions that are drawn with their pictures.")] = 24,
 ) -> None:
-    """Runs a study over a question file, prints its tables and writes its log folder."""
-    from jaxmllm.analysis import study as studies
-    from jaxmllm.data.questions import read_questions
-    from jaxmllm.model import load
-    from jaxmllm.report import run_folder, tables, tensorboard
+    """Answers a benchmark's questions and scores the answers as its official evaluator does."""
+    from jaxmllm.commands.evaluation import evaluate_and_report
+    from jaxmllm.decoding import Sampling
+    from jaxmllm.evaluation.request import Request
 
-    console, began = Console(), time.monotonic()
-    edits = list(edits or studies.DEFAULT_CURVES)
-    for name in edits:
-        studies.parse_curve(name)
-    asked = read_questions(questions, images)[:limit]
-    with run_folder.building(logdir) as folder:
-        with console.status(f"loading {model}"):
-            loaded = load(model, dtype=dtype)
-        with progress(console) as bars:
-            task = bars.add_task(f"{loaded.num_layers} layers x {', '.join(edits)}", total=len(asked))
-            results = studies.run_study(
-                loaded,
-                asked,
-                edits,
-                batch_size,
-                lambda done: bars.update(task, completed=done),
-                plain=plain,
-                budget=None if budget is None else int(budget * 1e9),
-                cache=cache,
-                cache_limit=int(cache_limit * 1e9),
-                on_plan=lambda plan: console.print("\n".join(plan.lines()), highlight=False, soft_wrap=True),
-            )
-            curves, pointing = studies.curves_of(results), studies.pointing_table(results)
-            task = bars.add_task("writing TensorBoard", total=min(examples, len(asked)))
-            settings = {
-                "model": Path(model).name, "questions": len(asked), "edits": ", ".join(edits), "dtype": dtype,
-                "layers": loaded.num_layers,
-            }  # fmt: skip
-            tensorboard.write_study(folder, results, curves, pointing, settings, examples, lambda: bars.advance(task))
-        tables.write_parquet(tables.tidy_rows(results, pointing), folder / "results.parquet")
-        tables.write_parquet(tables.question_rows(results), folder / "questions.parquet")
-    print_study(console, results, curves, pointing)
-    console.print(results.cost.line(), highlight=False, soft_wrap=True)
-    console.print(
-        f"{len(asked)} questions in {time.monotonic() - began:.0f} s. Look at the curves (smoothing 0) and maps with\n"
-        f"  tensorboard --logdir {logdir} --samples_per_plugin images=100\n"
-        f"and at the numbers in {logdir / 'results.parquet'}."
+    sampled = (temperature, top_k, top_p) != (None, None, None)
+    request = Request(
+        model=model,
+        benchmark=benchmark,
+        data=data,
+        split=split,
+        limit=limit,
+        skip_bad=skip_bad,
+        prompt=prompt,
+        conversation=conversation,
+        edits=edits,
+        sampling=Sampling(1.0 if temperature is None else temperature, top_k, top_p) if sampled else None,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
     )
+    evaluate_and_report(request, logdir, batch_size, budget, examples)
 
 
-def print_study(console: Console, results: Study, curves: StudyCurves, pointing: PointingTable | None) -> None:
-    """The tables of a study, and the layers its rules name."""
-    from jaxmllm.report import tables
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a run of evaluate.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another run over the same benchmark.")],
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for everything, all questions won and lost too.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Questions won, and lost, that are printed.")] = 5,
+) -> None:
+    """Says what the second run gains over the first: paired bootstrap, questions won and lost."""
+    from jaxmllm.commands.evaluation import compare_and_report
 
-    by_layer = tables.accuracy_table(results, curves)
-    console.print(tables.rich_table(by_layer, "Accuracy %, image hidden at each layer"))
-    console.print(tables.rich_table(tables.log_probability_table(results, curves), "Log-probability of the answer"))
-    console.print(tables.rich_table(tables.attention_table(results, curves, pointing), "Attention to the image"))
-    if "erase" in curves.accuracy and len(results.categories) > 1:
-        console.print(tables.rich_table(tables.category_table(results, "erase"), "Erase: accuracy % by kind and layer"))
-    if pointing:
-        console.print(
-            tables.rich_table(tables.pointing_rows(pointing), f"Pointing game, {pointing.questions} questions")
-        )
-    if curves.fusion is not None:
-        console.print(f"fusion layers (at least 10% of the rise of the erase curve): {curves.fusion or 'none'}")
-    if curves.review is not None or "blind" in curves.accuracy:
-        named = "none" if curves.review is None else str(curves.review)
-        console.print(f"review layer (blinding a late layer costs 1 point or more, and more than before): {named}")
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Progress]:
-    """Progress bars with counts and times."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bars:
-        yield bars
+    compare_and_report(first, second, output, questions)
 
 
 def main() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+DRAWS_AT_ONCE = 1 << 20  # bounds the memory that many images take
 
 
 def mean_interval(
@@ -43,7 +44,18 @@ def mean_interval(
     sums, sizes = np.zeros((groups, *values.shape[:-1])), np.bincount(names, minlength=groups)
     np.add.at(sums, names, np.moveaxis(values, -1, 0))
     sums = np.moveaxis(sums, 0, -1)
-    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=resamples)
-    means = (sums @ drawn.T) / (sizes @ drawn.T)
+    means = np.concatenate(
+        [(sums @ times.T) / (sizes @ times.T) for times in _drawn(groups, resamples, np.random.default_rng(seed))],
+        axis=-1,
+    )
     tail = 100 * (1 - confidence) / 2
     return np.percentile(means, [tail, 100 - tail], axis=-1)
+
+
+def _drawn(groups: int, resamples: int, rng: np.random.Generator) -> Iterator[Float[np.ndarray, "some groups"]]:
+    """How often each group is drawn in each resample, some resamples at a time."""
+    at_once = max(1, DRAWS_AT_ONCE // groups)
+    for start in range(0, resamples, at_once):
+        some = min(at_once, resamples - start)
+        drawn = rng.integers(groups, size=(some, groups)) + groups * np.arange(some)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=some * groups).reshape(some, groups).astype(float)

@@ -13,6 +13,7 @@ from jaxmllm.analysis.fusion import fusion_layers, review_layer
 from jaxmllm.errors import InputError
 
 if TYPE_CHECKING:
+    from jaxmllm.analysis.generated import Generated
     from jaxmllm.analysis.study import Study
 
 
@@ -23,11 +24,13 @@ class Curves:
     Attributes:
       accuracy: curve name -> ``[L]``, 0..1; ``early`` is the early output.
       log_probability: likewise, natural logarithm of the whole answer; ``change`` is the same less the clean one.
-      intervals: 95% bootstrap intervals ``[2, L]`` by measure (``accuracy``, ``log_probability``, ``change``) and
-        curve; images are resampled, with all their questions.
+      intervals: 95% bootstrap intervals ``[2, L]`` by measure (``accuracy``, ``log_probability``, ``change``,
+        ``generated``) and curve; images are resampled, with all their questions.
       hellinger: ``[L]``, distance of attention to the last layer's.
       fusion: fusion layers by ``fusion_layers`` on the accuracy under erasure; ``None`` where that was not run.
       review: the review layer by ``review_layer`` on the accuracy with one layer blinded.
+      generated: curve name -> ``[L]``: the benchmark's score of generated answers, 0..1; empty where none were.
+      clean_generated: that of the clean model's; NaN where there is none.
     """
 
     questions: int
@@ -40,6 +43,8 @@ class Curves:
     hellinger: Float[np.ndarray, " L"]
     fusion: list[int] | None
     review: int | None
+    generated: dict[str, Float[np.ndarray, " L"]]
+    clean_generated: float
 
 
 def curves_of(study: Study, category: str | None = None, chosen: np.ndarray | None = None) -> Curves:
@@ -67,16 +72,34 @@ def curves_of(study: Study, category: str | None = None, chosen: np.ndarray | No
         for measure, of_measure in by_question.items()
     }
     accuracy = means["accuracy"]
+    intervals = {
+        measure: {name: mean_interval(values, images) for name, values in of_measure.items()}
+        for measure, of_measure in by_question.items()
+    }
+    generated, clean_generated, intervals["generated"] = _generated(study.generated, rows)
     return Curves(
         questions=int(rows.sum()),
         clean_accuracy=clean,
         clean_log_probability=float(clean_log_probability.mean()),
         **means,
-        intervals={
-            measure: {name: mean_interval(values, images) for name, values in of_measure.items()}
-            for measure, of_measure in by_question.items()
-        },
+        intervals=intervals,
         hellinger=study.hellinger[:, rows].mean(axis=1),
         fusion=fusion_layers(accuracy["erase"], clean) if "erase" in accuracy else None,
         review=review_layer(accuracy["blind"], clean) if "blind" in accuracy else None,
+        generated=generated,
+        clean_generated=clean_generated,
     )
+
+
+def _generated(
+    found: Generated | None, rows: np.ndarray
+) -> tuple[dict[str, Float[np.ndarray, " L"]], float, dict[str, Float[np.ndarray, "2 L"]]]:
+    """Means by curve, the clean one, and intervals, over what is scored of the questions ``rows [Q]``."""
+    if found is None or not rows[found.question].any():
+        return {}, float("nan"), {}
+    chosen = rows[found.question]
+    images = [image for image, kept in zip(found.clusters, chosen, strict=True) if kept]
+    values = {name: scores[:, chosen] for name, scores in found.values.items()}
+    means = {name: scores.mean(axis=1) for name, scores in values.items()}
+    bounds = {name: mean_interval(scores, images) for name, scores in values.items()}
+    return means, float(found.clean_values[chosen].mean()), bounds

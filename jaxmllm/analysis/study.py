@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,35 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
 from jaxmllm.analysis.attention import attention_evolution
+from jaxmllm.analysis.blocks import run_blocks, set_up
 from jaxmllm.analysis.curves import Curves, curves_of
-from jaxmllm.analysis.geometry import looks_of, patch_boxes, token_boxes
+from jaxmllm.analysis.generated import (
+    Answer,
+    Generated,
+    Judge,
+    answer_branches,
+    generate_answers,
+    judge_answers,
+    of_one_structure,
+)
+from jaxmllm.analysis.geometry import looks_of, patch_boxes
 from jaxmllm.analysis.maps import comparison_maps
 from jaxmllm.analysis.masking import Scope, layer_edits
 from jaxmllm.analysis.pointing import attention_mass, chance, pointing_hit
-from jaxmllm.analysis.scores import BlockScores, Scores, in_order, join_scores
-from jaxmllm.analysis.sharing.budget import Lengths, SweepPlan
+from jaxmllm.analysis.scores import Scores
+from jaxmllm.analysis.sharing.budget import SweepPlan
 from jaxmllm.analysis.sharing.compilations import count_compilations
-from jaxmllm.analysis.sharing.shapes import choose_shapes
-from jaxmllm.analysis.sweeping import BATCH_SIZE, CACHE_LIMIT, SweepCost, Sweeper, plan_for
+from jaxmllm.analysis.sweeping import BATCH_SIZE, CACHE_LIMIT, SweepCost, Sweeper
 from jaxmllm.data.questions import Question
+from jaxmllm.decoding import batch_that_fits
 from jaxmllm.errors import InputError
 from jaxmllm.models.boxes import TokenBoxes
 from jaxmllm.models.edits import Edits
-from jaxmllm.processing import append_answers, encode_answers, image_size, open_image, prompt_lengths
-
-# Preprocessed images of one block take at most so much of the host's memory.
-HOST_BYTES = 1_000_000_000
+from jaxmllm.models.inputs import Inputs
+from jaxmllm.processing import encode_answers, image_size
 
 DEFAULT_CURVES = ("erase", "blind", "blind:from", "knockout")
 
@@ -48,7 +56,8 @@ class Study:
       tokens: for each question the pixel boxes that a map over its image tokens is laid on: those of the tokens, or of
         the patches they look at by cross-attention.
       looks: there, how much each image token looked at each patch ``[N, P]``; ``None`` where tokens are patches.
-      cost: what it cost.
+      cost: what it cost, apart from generated answers.
+      generated: answers that were generated under every branch, where a judge was given.
     """
 
     questions: tuple[Question, ...]
@@ -60,6 +69,7 @@ class Study:
     tokens: tuple[TokenBoxes, ...]
     looks: tuple[Float[np.ndarray, "N P"] | None, ...]
     cost: SweepCost
+    generated: Generated | None = None
 
     @property
     def num_layers(self) -> int:
@@ -104,6 +114,8 @@ def run_study(
     cache: Path | None = None,
     cache_limit: int = CACHE_LIMIT,
     on_plan: Callable[[SweepPlan], None] = lambda plan: None,
+    judge: Judge | None = None,
+    on_answers: Callable[[int], None] = lambda known: None,
 ) -> Study:
     """Runs the clean pass and every masking curve over all questions.
 
@@ -117,7 +129,9 @@ def run_study(
       plain: run everything for every branch instead of what changes.
       budget: bytes of device memory that may be taken, weights included; by default what the device grants.
       cache, cache_limit: folder for keys that serve every question, and the bytes it may take.
-      on_plan: called with the plan before anything runs.
+      on_plan: called with the plan before the sweep runs.
+      judge: where answers are to be generated under every branch, what scores them.
+      on_answers: called with the number of answers known, of all branches and questions.
 
     Raises:
       JaxmllmError: unknown curves, unreadable images, answers without tokens, a budget that is too small.
@@ -126,49 +140,33 @@ def run_study(
         raise InputError("no questions to study")
     branches, place = branches_of(curves, model.num_layers)
     answers = encode_answers(model.processor, [question.answer for question in questions])
-    answer_length = max(map(len, answers))
-    prompts = prompt_lengths(model.processor, [question.text for question in questions])
-    images = {image: number for number, image in enumerate(dict.fromkeys(question.image for question in questions))}
-    heads, tails = (max(lengths) for lengths in zip(*prompts, strict=True))
-    bodies = image_tokens(model, list(images))
-    largest = list(images)[int(np.argmax(bodies))]
-    lengths = Lengths(heads, max(bodies), tails - 1, answer_length)
-    plan, block = None, batch_size
-    unlike = bodies if model.family.tokens_vary else []
-    shapes = choose_shapes([tail - 1 for _, tail in prompts], answer_length, len(images), batch_size)
-    if not plain:
-        a_context = len(questions) / len(images)
-        plan = plan_for(model, branches, lengths, len(questions), a_context, batch_size, budget)
-        shapes = choose_shapes([tail - 1 for _, tail in prompts], answer_length, len(images), plan.rows, unlike)
-        block = plan.block
-        on_plan(plan)
-    block = min(block, images_in_memory(model, largest))
-    # an image's questions side by side, so that they share its clean pass
-    order = sorted(range(len(questions)), key=lambda number: images[questions[number].image])
-    parts: list[BlockScores] = []
+    clean: list[Answer] = []
+    size, (alike, idle) = batch_size, of_one_structure(branches)
+    if judge is not None:
+        size = _answers_together(model, questions, idle, judge.max_new_tokens, batch_size, budget)
+        clean = generate_answers(model, questions, range(len(questions)), idle, judge.max_new_tokens, size)
+    longest = max(len(tokens) for tokens in (*answers, *(answer.tokens for answer in clean)))
+    setup = set_up(model, questions, branches, longest, batch_size, plain, budget)
+    if setup.plan is not None:
+        on_plan(setup.plan)
     tokens: dict[int, TokenBoxes] = {}
     looks: dict[int, np.ndarray] = {}
 
-    def report(start: int, size: int, share: float) -> None:
-        on_progress(start + share * size)
+    def look(rows: list[int], opened: list[Image.Image], inputs: Inputs) -> None:
+        tokens.update(zip(rows, patch_boxes(model, [image.size for image in opened]), strict=True))
+        if model.family.patch_boxes is not None and inputs.images is not None:
+            looks.update(zip(rows, looks_of(model, inputs.images), strict=True))
 
     with count_compilations() as compilations:
-        sweeper = Sweeper(model, branches, shapes, plan, compilations, cache=cache, cache_limit=cache_limit)
-        for start in range(0, len(order), block):
-            rows = order[start : start + block]
-            opened = [open_image(questions[row].image) for row in rows]
-            filled = append_answers(
-                model.prepare(opened, [questions[row].text for row in rows]),
-                [answers[row] for row in rows],
-                answer_length=answer_length,
+        sweeper = Sweeper(model, branches, setup.shapes, setup.plan, compilations, cache=cache, cache_limit=cache_limit)
+        scores = run_blocks(sweeper, setup, questions, answers, on_progress=on_progress, on_block=look)
+        cost = sweeper.cost()
+        generated = None
+        if judge is not None:
+            found, tried = answer_branches(
+                sweeper, setup, questions, alike, clean, judge.max_new_tokens, size, on_answers
             )
-            inputs = model.as_inputs(filled, bucketed=True)
-            parts.append(sweeper.run(inputs, filled["answer_ids"], functools.partial(report, start, len(rows))))
-            tokens |= dict(zip(rows, patch_boxes(model, [image.size for image in opened]), strict=True))
-            if model.family.patch_boxes is not None and inputs.images is not None:
-                looks |= dict(zip(rows, looks_of(model, inputs.images), strict=True))
-            on_progress(start + len(rows))
-    scores = in_order(join_scores(parts), np.argsort(order))
+            generated = judge_answers(judge, questions, clean, found, place, tried)
     edited = {name: jax.tree.map(lambda leaf, at=at: leaf[at], scores.edited) for name, at in place.items()}
     return Study(
         questions=tuple(questions),
@@ -179,21 +177,26 @@ def run_study(
         hellinger=np.asarray(attention_evolution(scores.attention)),
         tokens=tuple(tokens[number] for number in range(len(questions))),
         looks=tuple(looks.get(number) for number in range(len(questions))),
-        cost=sweeper.cost(),
+        cost=cost,
+        generated=generated,
     )
 
 
-def image_tokens(model: Any, images: Sequence[str | Path]) -> list[int]:
-    """The tokens that each image takes; of models whose images all take equally many only the first is looked at."""
-    if not model.family.tokens_vary:
-        images = images[:1]
-    return [len(token_boxes(model, [image_size(image)])[0].boxes) for image in images]
-
-
-def images_in_memory(model: Any, largest: str | Path) -> int:
-    """Questions whose preprocessed images fit in the host's share of memory; at least one."""
-    images = model.as_inputs(model.prepare([largest], ["?"]), bucketed=True).images
-    return max(1, HOST_BYTES // sum(array.nbytes for array in images.arrays.values()))
+def _answers_together(
+    model: Any,
+    questions: Sequence[Question],
+    edits: Edits,
+    max_new_tokens: int,
+    batch_size: int,
+    budget: int | None,
+) -> int:
+    """How many questions are answered at a time, by the largest image with the longest question."""
+    longest = max((question.text for question in questions), key=len)
+    images = dict.fromkeys(question.image for question in questions)
+    largest = max(images, key=lambda image: int(np.prod(image_size(image))))
+    one = model.prepare([largest], [longest])
+    most = min(batch_size, len(questions))
+    return batch_that_fits(model, one, max_new_tokens, most=most, edits=edits, budget=budget)
 
 
 def branches_of(curves: Sequence[str], num_layers: int) -> tuple[list[Edits], dict[str, slice]]:

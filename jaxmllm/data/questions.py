@@ -17,6 +17,7 @@ from typing import Any
 from jaxmllm.data.fields import Box, RecordError, boxes_field, mapping, text_field
 from jaxmllm.data.records import Place, json_lines, open_binary
 from jaxmllm.errors import InputError
+from jaxmllm.processing.images import StoredImage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Question:
     """
 
     question_id: str
-    image: Path
+    image: Path | StoredImage
     text: str
     category: str
     answer: str

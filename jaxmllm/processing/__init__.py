@@ -1,13 +1,14 @@
 """From images and questions to arrays: the checkpoint's own Hugging Face processor, run without torch."""
 
 from jaxmllm.processing.answers import append_answers, encode_answers
-from jaxmllm.processing.images import ImageLike, as_list, image_size, open_image
+from jaxmllm.processing.images import ImageLike, StoredImage, as_list, image_size, open_image
 from jaxmllm.processing.loading import load_processor
 from jaxmllm.processing.prepare import Prepared, make_prompt, prepare, prompt_lengths
 
 __all__ = [
     "ImageLike",
     "Prepared",
+    "StoredImage",
     "append_answers",
     "as_list",
     "encode_answers",

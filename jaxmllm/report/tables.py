@@ -43,6 +43,8 @@ def tidy_rows(study: Study, pointing: PointingTable | None) -> list[dict[str, An
         count = curves.questions
         add("accuracy", "clean", name, -1, curves.clean_accuracy, count)
         add("log_probability", "clean", name, -1, curves.clean_log_probability, count)
+        if curves.generated:
+            add("generated", "clean", name, -1, curves.clean_generated, count)
         for metric, bounds in curves.intervals.items():
             for curve, values in getattr(curves, metric).items():
                 for layer, value in enumerate(values):
@@ -87,6 +89,26 @@ def question_rows(study: Study) -> list[dict[str, Any]]:
     return rows
 
 
+def answer_rows(study: Study) -> list[dict[str, Any]]:
+    """One row a question, curve and layer: the answer that was generated; none where none were."""
+    found = study.generated
+    if found is None:
+        return []
+    by_curve = {"clean": [found.clean], **found.answers}
+    return [
+        {
+            "question_id": question.question_id,
+            "category": question.category,
+            "curve": curve,
+            "layer": -1 if curve == "clean" else layer,
+            "prediction": prediction,
+        }
+        for curve, layers in by_curve.items()
+        for layer, predictions in enumerate(layers)
+        for question, prediction in zip(study.questions, predictions, strict=True)
+    ]
+
+
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     """Writes rows as one Parquet table."""
     import pyarrow as pa
@@ -107,6 +129,14 @@ def accuracy_table(study: Study, curves: Curves) -> list[list[str]]:
         row = [str(layer), *[percent(values[layer]) for values in curves.accuracy.values()]]
         rows.append([*row, layer_label(curves, layer)])
     return [*rows, ["clean", *[percent(curves.clean_accuracy)] * len(curves.accuracy), ""]]
+
+
+def generated_table(study: Study, curves: Curves) -> list[list[str]]:
+    """The benchmark's score of generated answers in percent, header first: one row a layer."""
+    rows = [["layer", *curves.generated]]
+    for layer in range(study.num_layers):
+        rows.append([str(layer), *[percent(values[layer]) for values in curves.generated.values()]])
+    return [*rows, ["clean", *[percent(curves.clean_generated)] * len(curves.generated)]]
 
 
 def attention_table(study: Study, curves: Curves, pointing: PointingTable | None) -> list[list[str]]:

@@ -7,6 +7,7 @@ chart. So ``accuracy/image_hidden_at_layer`` holds erase, blind, knockout and ea
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,13 @@ from jaxmllm.analysis.study import PointingTable, Study
 from jaxmllm.processing import open_image
 from jaxmllm.report import tables
 from jaxmllm.report.figures import overlay, summary_figure
+
+GENERATED_CHART = "generated_answers/image_hidden_at_layer"
+
+
+def plain_name(name: str) -> str:
+    """A name of a run or tag without what would make folders or groups of it."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def write_study(
@@ -49,6 +57,8 @@ def write_study(
             _add_curve(writer, "accuracy/image_hidden_at_layer", curves.accuracy[name])
             _add_curve(writer, "answer_log_probability/image_hidden_at_layer", curves.log_probability[name])
             _add_curve(writer, "answer_log_probability/change_against_clean", curves.change[name])
+            if name in curves.generated:
+                _add_curve(writer, GENERATED_CHART, curves.generated[name])
     with SummaryWriter(str(logdir / "clean")) as writer:
         # a level line in both charts, to read drops against
         _add_curve(writer, "accuracy/image_hidden_at_layer", np.full(study.num_layers, curves.clean_accuracy))
@@ -57,11 +67,15 @@ def write_study(
             "answer_log_probability/image_hidden_at_layer",
             np.full(study.num_layers, curves.clean_log_probability),
         )
+        if curves.generated:
+            _add_curve(writer, GENERATED_CHART, np.full(study.num_layers, curves.clean_generated))
     for category in study.categories:
         of_kind = curves_of(study, category)
-        with SummaryWriter(str(logdir / f"kind_{category}")) as writer:
+        with SummaryWriter(str(logdir / f"kind_{plain_name(category)}")) as writer:
             for name, values in of_kind.accuracy.items():
                 _add_curve(writer, f"accuracy_by_kind/{name.replace(':', '_')}", values)
+            for name, values in of_kind.generated.items():
+                _add_curve(writer, f"generated_by_kind/{name.replace(':', '_')}", values)
             _add_curve(writer, "attention_by_kind/hellinger_to_last_layer", of_kind.hellinger)
     with SummaryWriter(str(logdir / "summary")) as writer:
         _add_intervals(writer, curves)
@@ -76,6 +90,8 @@ def write_study(
             _add_example(writer, study, row)
             on_progress()
         metrics = {"hparam/clean_accuracy": curves.clean_accuracy}
+        if study.generated is not None:
+            metrics[f"hparam/clean_generated_{study.generated.metric}"] = curves.clean_generated
         if pointing:
             best = max(pointing.maps.values(), key=lambda scores: scores.hits)
             metrics["hparam/best_pointing_hits"] = best.hits
@@ -89,7 +105,7 @@ def _add_curve(writer: SummaryWriter, tag: str, values: np.ndarray) -> None:
 
 def _add_intervals(writer: SummaryWriter, curves: Curves) -> None:
     """Curves with their bootstrap intervals, on the page of custom scalars."""
-    titles = {"accuracy": "accuracy", "change": "log-probability against clean"}
+    titles = {"accuracy": "accuracy", "generated": "generated answers", "change": "log-probability against clean"}
     charts: dict[str, Any] = {}
     for measure, title in titles.items():
         for name, values in getattr(curves, measure).items():
@@ -109,6 +125,8 @@ def _tables(study: Study, curves: Curves, pointing: PointingTable | None) -> dic
         "answer_log_probability_by_layer": tables.log_probability_table(study, curves),
         "attention_by_layer": tables.attention_table(study, curves, pointing),
     }
+    if curves.generated:
+        found["generated_answers_by_layer"] = tables.generated_table(study, curves)
     if "erase" in curves.accuracy:
         found["erase_accuracy_by_kind"] = tables.category_table(study, "erase")
     if pointing:
@@ -134,7 +152,7 @@ def _add_example(writer: SummaryWriter, study: Study, row: int) -> None:
     question, tokens = study.questions[row], study.tokens[row]
     image: Image.Image = open_image(question.image)
     boxes: Sequence[Sequence[float]] = question.boxes or ()
-    tag = f"{question.category}_question_{question.question_id}"
+    tag = plain_name(f"{question.category}_question_{question.question_id}")
     distribution = study.on_image(row, np.asarray(image_distribution(study.attention[:, row])))
     for layer, values in enumerate(distribution):
         picture = overlay(image, values, tokens, boxes, f"layer {layer}   {question.text}  ({question.answer})")

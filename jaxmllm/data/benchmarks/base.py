@@ -204,3 +204,29 @@ class Benchmark:
     metrics: Callable[[Sequence[Row]], dict[str, float]] = mean_score
     max_new_tokens: int = 16
     submission: Callable[[Sequence[Row]], Submission] | None = None
+
+
+def judged_row(benchmark: Benchmark, index: int, example: Example, prompt: str, prediction: str) -> dict[str, Any]:
+    """A row of results, as far as it follows from the question and the answer.
+
+    Args:
+      benchmark: what scores it.
+      index: of the example in its source.
+      example: the question.
+      prompt: what was asked.
+      prediction: what was answered.
+    """
+    return {
+        "index": index,
+        "question_id": example.question_id,
+        "where": example.where,
+        "question": example.text,
+        "prompt": prompt,
+        "prediction": prediction,
+        "parsed": benchmark.parse(prediction, example),
+        "score": benchmark.score(prediction, example),
+        "answers": None if example.answers is None else list(example.answers),
+        "reference": benchmark.reference(example),
+        "categories": dict(example.categories),
+        "image": str(example.image),
+    }

@@ -1,0 +1,1 @@
+"""What the commands do and show on the console; ``jaxmllm.cli`` says what they are called and take."""

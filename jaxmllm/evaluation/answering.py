@@ -1,0 +1,157 @@
+"""The loop of an evaluation: batches in, lines of results out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmllm.analysis.edit_specs import parse_edits
+from jaxmllm.data.benchmarks.base import Benchmark, Example, Row, Source, judged_row
+from jaxmllm.data.pipeline import Ready, batches
+from jaxmllm.data.prompts import fill_prompt
+from jaxmllm.decoding import Generated, batch_that_fits, generate
+from jaxmllm.decoding.fit import MOST_ROWS
+from jaxmllm.errors import InputError, ProcessorError
+from jaxmllm.evaluation.request import Opened
+from jaxmllm.evaluation.run import Run
+from jaxmllm.model import Model
+from jaxmllm.processing import ImageLike, image_size, prepare
+
+# Questions that are looked at to find a large image and a long prompt.
+SAMPLED = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is: questions done of all, and questions a second in this process."""
+
+    done: int
+    questions: int
+    speed: float
+
+
+def answer_questions(
+    model: Model,
+    opened: Opened,
+    run: Run,
+    *,
+    skip_bad: bool = False,
+    batch_size: int | None = None,
+    budget: int | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Answers the questions that a run has no answer to yet, and writes the answers batch by batch.
+
+    Args:
+      model: the loaded model.
+      opened: the benchmark.
+      run: what is answered already, and where answers go.
+      skip_bad: note and leave out questions that cannot be asked, rather than to stop at the first.
+      batch_size: questions computed together; by default as many as fit.
+      budget: bytes of device memory that may be taken, weights included; by default what the device grants.
+      on_progress: called after every batch.
+
+    Raises:
+      InputError: a picture or a prompt cannot be used (unless it is skipped), answers cannot be written, or the model's
+        probabilities are not numbers.
+    """
+    settings, source = opened.settings, opened.source
+    # The threads that prepare batches have a processor of their own: tokenizers must not be used by two at once.
+    processor = copy.deepcopy(model.processor)
+
+    def prompt(example: Example) -> str:
+        return fill_prompt(settings.prompt, example, processor.image_token)
+
+    def prepared(images: Sequence[ImageLike], texts: Sequence[str]) -> Mapping[str, np.ndarray]:
+        return prepare(processor, images, texts)
+
+    how: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "sampling": settings.sampling(),
+        "edits": None if settings.edits is None else parse_edits(settings.edits),
+    }
+    if batch_size is None:
+        batch_size = min(MOST_ROWS, len(source))
+        one = heaviest_inputs(source, prompt, prepared)
+        if one is not None:
+            batch_size = batch_that_fits(model, one, most=batch_size, budget=budget, **how)
+    key = None if settings.seed is None else jax.random.key(settings.seed)
+    iterator = iter(batches(source, prompt, prepared, min(batch_size, len(source)), run.done()))
+    marks = [(time.monotonic(), 0)]
+    with contextlib.closing(iterator):
+        for batch in iterator:
+            if batch.broken and not skip_bad:
+                raise InputError(f"{batch.broken[0].where}: {batch.broken[0].problem}")
+            run.skip(batch.broken)
+            new = []
+            if batch.inputs is not None:
+                generated = generate(model, batch.inputs, key=key, row_numbers=batch.row_numbers, **how)
+                rows = [row_of(opened.benchmark, one, generated, place) for place, one in enumerate(batch.ready)]
+                new = [row for row in rows if row["index"] not in run.results.present]
+                run.results.append(new)
+            marks.append((time.monotonic(), marks[-1][1] + len(new)))
+            on_progress(Progress(run.count(), len(source), _speed(marks)))
+
+
+def _speed(marks: Sequence[tuple[float, int]]) -> float:
+    """Questions a second from (time, questions so far) after each batch; without the first one, which compiles."""
+    (began, before), (now, answered) = marks[min(1, len(marks) - 2)], marks[-1]
+    return (answered - before) / max(now - began, 1e-9)
+
+
+def row_of(benchmark: Benchmark, asked: Ready, generated: Generated, place: int) -> Row:
+    """One line of results.
+
+    Args:
+      asked: the question.
+      generated: of its batch, in which it has ``place``.
+
+    Raises:
+      InputError: the model's probabilities are not numbers.
+    """
+    example = asked.example
+    log_probability = math.fsum(generated.log_probabilities[place].tolist())
+    if not math.isfinite(log_probability):
+        raise InputError(
+            f"{example.where}: the model's probabilities are not finite numbers; it may overflow in this dtype "
+            "(bfloat16 and float32 reach further than float16), or its weights may be broken"
+        )
+    prediction = (generated.texts or ())[place]
+    return judged_row(benchmark, asked.index, example, asked.prompt, prediction) | {
+        "log_probability": log_probability,
+        "tokens": int(generated.lengths[place]),
+        "stopped": bool(generated.stopped[place]),
+    }
+
+
+def heaviest_inputs(
+    source: Source,
+    prompt: Callable[[Example], str],
+    prepared: Callable[[Sequence[ImageLike], Sequence[str]], Mapping[str, np.ndarray]],
+) -> Mapping[str, np.ndarray] | None:
+    """Inputs to plan memory by: of up to 64 examples the largest image that can be read, with the longest prompt.
+
+    ``None`` where none can be prepared; what is wrong with each is told when its turn comes.
+    """
+    places = np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int))
+    examples = [source[place] for place in places]
+    longest = max(map(prompt, examples), key=len)
+    for example in sorted(examples, key=_pixels, reverse=True):
+        with contextlib.suppress(ValueError):  # of the processor; so is ProcessorError
+            return prepared([example.image], [longest])
+    return None
+
+
+def _pixels(example: Example) -> int:
+    try:
+        return math.prod(image_size(example.image))
+    except ProcessorError:
+        return 0
