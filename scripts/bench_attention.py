@@ -24,12 +24,9 @@ one.) Needs Linux. The last line is JSON.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
-import gc
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +37,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from bench_models import QUICK, Load, Shape, make_prompt, save_checkpoint, use_all_cores, versions
+from bench_models import QUICK, Load, added_peak, make_prompt, peak_of, save_checkpoint, use_all_cores, versions
 from rich.console import Console
 from rich.table import Table
 from transformers import LlavaForConditionalGeneration
@@ -88,33 +85,6 @@ def make_runner(variant: str, folder: Path) -> Callable[[Prompt], Result]:
         model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
         return functools.partial(run_torch, model, eager=variant == "torch_eager")
     return functools.partial(run_jax, jaxmllm.load(folder), captured=variant == "jax_captured")
-
-
-def measure_peak(variant: str, folder: Path, prompt: Prompt) -> int:
-    """Bytes that a pass takes at its peak, beyond what is there before; for a process that does nothing else."""
-    run = make_runner(variant, folder)
-    run(prompt)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else what the first pass freed would hide what the second one takes
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
-    before = resident("VmRSS")
-    run(prompt)
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """A size of this process in bytes, by its name in Linux's status file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def peak_of(variant: str, images: int, folder: Path, shape: Shape) -> int:
-    """``measure_peak`` in a fresh process."""
-    command = [sys.executable, __file__, "--peak", f"{variant}:{images}:{folder}", "--patches", str(shape.patches)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"the peak of {variant} could not be taken:\n{done.stderr}")
-    return int(done.stdout.splitlines()[-1])
 
 
 def time_all(folder: Path, prompts: dict[int, Prompt], repeats: int) -> tuple[dict, dict]:
@@ -170,7 +140,8 @@ def bench(
     threads = use_all_cores()
     if peak:
         variant, many, where = peak.split(":", 2)
-        print(measure_peak(variant, Path(where), make_prompt(shape, int(many), PREFIX[int(many)])))
+        prompt = make_prompt(shape, int(many), PREFIX[int(many)])
+        print(added_peak(functools.partial(make_runner(variant, Path(where)), prompt)))
         return
     load = Load()
     prompts = {images: make_prompt(shape, images, PREFIX[images]) for images in IMAGES}
@@ -182,7 +153,10 @@ def bench(
         busy = load.elsewhere()  # of the timed part; memory does not care
         peaks: dict[int, dict[str, float]] = {}
         for images in IMAGES:
-            peaks[images] = {variant: peak_of(variant, images, folder, shape) / 1e9 for variant in VARIANTS}
+            peaks[images] = {
+                variant: peak_of(__file__, f"{variant}:{images}:{folder}", "--patches", str(shape.patches)) / 1e9
+                for variant in VARIANTS
+            }
             log.print(f"{images} image(s), peaks in GB: {peaks[images]}")
 
     def by_length(value_of: Callable[[int], Any]) -> dict[str, Any]:

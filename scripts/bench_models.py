@@ -1,14 +1,18 @@
-"""What the benchmarks share: random LLaVA checkpoints of a given shape, and questions about random images.
+"""What the benchmarks share: random LLaVA checkpoints of a given shape, questions about random images, peaks of memory.
 
 Needs the test extra: transformers draws the weights with torch, jaxmllm reads them from the folder it writes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +174,13 @@ def make_questions(shape: Shape, count: int, an_image: int, prefix: int, seed: i
     return Questions(np.concatenate([before, placeholders, after], axis=1), images, image_of)
 
 
-def make_prompt(shape: Shape, images: int, prefix: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """A prompt for jaxmllm without an answer: text, all images, ``QUESTION`` tokens of text."""
+def make_prompt(shape: Shape, images: int, prefix: int, batch: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
+    """Prompts for jaxmllm without an answer: each has text, its ``images``, ``QUESTION`` tokens of text; all differ."""
     rng = np.random.default_rng(seed)
-    words = [rng.integers(3, IMAGE_TOKEN, (1, length)) for length in (prefix, QUESTION)]
-    placeholders = np.full((1, images * shape.image_tokens), IMAGE_TOKEN)
+    words = [rng.integers(3, IMAGE_TOKEN, (batch, length)) for length in (prefix, QUESTION)]
+    placeholders = np.full((batch, images * shape.image_tokens), IMAGE_TOKEN)
     ids = np.concatenate([words[0], placeholders, words[1]], axis=1).astype(np.int32)
-    pixels = rng.normal(size=(images, 3, shape.image_size, shape.image_size)).astype(np.float32)
+    pixels = rng.normal(size=(batch * images, 3, shape.image_size, shape.image_size)).astype(np.float32)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}
 
 
@@ -222,3 +226,29 @@ def save_checkpoint(shape: Shape, folder: Path) -> LlavaForConditionalGeneration
     model = make_torch(shape)
     model.save_pretrained(folder)
     return model
+
+
+def added_peak(run: Callable[[], object]) -> int:
+    """Bytes of main memory that a call takes at its peak, beyond what is there before; for a process that does nothing
+    else. A first call compiles and warms up. Needs Linux."""
+    run()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what the first call freed would hide what the second one takes
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """A size of this process in bytes, by its name in Linux's status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def peak_of(script: str, what: str, *options: str) -> int:
+    """The bytes that ``script --peak what``, in a process of its own, prints last."""
+    done = subprocess.run([sys.executable, script, "--peak", what, *options], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the peak of {what} could not be taken:\n{done.stderr}")
+    return int(done.stdout.splitlines()[-1])

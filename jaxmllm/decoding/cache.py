@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmllm.models.attention import KeyValue, attention
+from jaxmllm.models.attention import BLOCKED, KeyValue, attention
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.decoder import Tap
 from jaxmllm.models.edits import Edits, LayerEdits, resolve
@@ -136,10 +136,12 @@ class StepTap(Tap):
 
     def mix(self, query: Array, own: KeyValue, past: Sequence[KeyValue]) -> Float[Array, "B 1 H E"]:
         assert self.cache is not None
-        row = jnp.reshape(self.start, (1, 1))
-        return attention(
-            query, self.cache.put(own, jnp.asarray(self.start)).parts(), past, lambda *span: self.bias(row, span[-1])
-        )
+        seen, slot = self.cache.parts(), jnp.asarray(self.start)
+        bias = self.bias(slot[None, None], seen.length)
+        # the slot's own key stands apart: put into its place it would have the whole layer's cache copied
+        of_own = jax.lax.dynamic_slice_in_dim(bias, slot, 1, axis=2)
+        bias = jnp.where(jnp.arange(seen.length) == slot, 2 * BLOCKED, bias)
+        return attention(query, own, [*past, seen], lambda *span: jnp.concatenate([bias, of_own], axis=2))
 
 
 def step(

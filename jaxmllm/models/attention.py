@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +89,18 @@ def attention(
             mixed.append(_mix(queries[:, start:stop], [*parts[:-1], near], bias))
         return jnp.concatenate(mixed, axis=1)
 
-    # One head at a time keeps the scores in a CPU's cache (twice as fast); an accelerator wants all heads at once.
-    mixed = jax.lax.platform_dependent(
-        queries,
-        parts,
-        cpu=lambda *heads: jax.lax.map(one_head, heads),
-        default=lambda *heads: jax.vmap(lambda *head: one_head(head))(*heads),
-    )
+    def all_at_once(*heads: Any) -> Float[Array, "K B S h E"]:
+        return jax.vmap(lambda *head: one_head(head))(*heads)
+
+    def one_by_one(*heads: Any) -> Float[Array, "K B S h E"]:
+        return jax.lax.map(one_head, heads)
+
+    # One head at a time keeps the scores in a CPU's cache (twice as fast); an accelerator wants all heads at once. So
+    # does a single query, whose scores are few: heads apart would each be copied.
+    if length == 1:
+        mixed = all_at_once(queries, parts)
+    else:
+        mixed = jax.lax.platform_dependent(queries, parts, cpu=one_by_one, default=all_at_once)
     return jnp.moveaxis(mixed, 0, 2).reshape(batch, length, heads, width)
 
 
