@@ -207,6 +207,7 @@ def test_demo_reads_the_embedded_files(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "demo" / "results.parquet").is_file()
 
 
+@pytest.mark.slow
 def test_the_fast_way_the_plain_way_and_a_second_run_from_the_cache_write_the_same_numbers(
     monkeypatch, tmp_path, capsys
 ):

@@ -42,7 +42,7 @@ def _root(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def attention_evolution(attention: Float[AnyArray, "L *axes N"]) -> Float[Array, "L *axes"]:
+def attention_evolution(attention: Float[AnyArray, "L *axes N"]) -> Float[Array, " L *axes"]:
     """Hellinger distance of every layer's attention over the image to the last layer's."""
     distribution = image_distribution(attention)
     return hellinger(distribution, distribution[-1:])

@@ -18,7 +18,7 @@ def mean_interval(
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Float[np.ndarray, "2 *axes"]:
+) -> Float[np.ndarray, " 2 *axes"]:
     """Percentile bootstrap of the mean over the last axis.
 
     Args:

@@ -123,7 +123,7 @@ def _load(
             pairs = [entry for entry in opened if isinstance(entry, tuple)]
             try:
                 inputs = _prepare(pairs, prepare, rows)
-            except ValueError:  # of the processor; so is ProcessorError
+            except ProcessorError:
                 opened = [_tried(entry, prepare) for entry in opened]
                 if len(pairs) == sum(isinstance(entry, tuple) for entry in opened):
                     raise  # each alone is fine
@@ -145,7 +145,7 @@ def _tried(entry: tuple[Ready, Image.Image] | Broken, prepare: Prepare) -> tuple
         return entry
     try:
         _prepare([entry], prepare, 1)
-    except ValueError as error:
+    except ProcessorError as error:
         return Broken(entry[0].example.where, str(error), entry[0].index)
     return entry
 

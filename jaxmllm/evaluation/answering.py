@@ -145,7 +145,7 @@ def heaviest_inputs(
     examples = [source[place] for place in places]
     longest = max(map(prompt, examples), key=len)
     for example in sorted(examples, key=_pixels, reverse=True):
-        with contextlib.suppress(ValueError):  # of the processor; so is ProcessorError
+        with contextlib.suppress(ProcessorError):
             return prepared([example.image], [longest])
     return None
 

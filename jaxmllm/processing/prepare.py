@@ -85,7 +85,8 @@ def prepare(
       ``input_ids`` and ``attention_mask`` ``[B, S]``, and what the family has of images, where there are any.
 
     Raises:
-      ProcessorError: nothing to ask, unlike numbers of images and questions, an unreadable image, an empty question.
+      ProcessorError: nothing to ask, unlike numbers of images and questions, an unreadable image, an empty question;
+        or what the checkpoint's processor refuses.
     """
     if isinstance(questions, str) or not questions:
         raise ProcessorError("questions must be a list with at least one question")
@@ -101,13 +102,18 @@ def prepare(
     opened = [[open_image(image) for image in as_list(entry)] for entry in images]
     prompts = [make_prompt(processor, question, len(entry)) for question, entry in zip(questions, opened, strict=True)]
     flat = [image for entry in opened for image in entry]
-    arrays = processor(
-        images=flat or None,
-        text=prompts,
-        padding=True,
-        padding_side=padding_side or processor.tokenizer.padding_side,
-        return_tensors="np",
-    )
+    try:
+        arrays = processor(
+            images=flat or None,
+            text=prompts,
+            padding=True,
+            padding_side=padding_side or processor.tokenizer.padding_side,
+            return_tensors="np",
+        )
+    except ProcessorError:
+        raise
+    except ValueError as error:  # of transformers' processors
+        raise ProcessorError(f"the checkpoint's processor refuses the images or prompts ({error})") from error
     prepared = Prepared((name, np.asarray(value)) for name, value in arrays.items())
     prepared.image_sizes = [image.size for image in flat]
     return prepared

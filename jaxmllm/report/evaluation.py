@@ -73,8 +73,12 @@ def _write(folder: Path, evaluation: Evaluation, examples: int) -> None:
         _add_scores(writer, evaluation)
         writer.add_text("1_summary", tables.markdown(_clean(summary_table(evaluation))))
         for breakdown, scores in summary.categories.items():
-            writer.add_text(f"2_by_{_name(breakdown)}", tables.markdown(_clean(breakdown_table(breakdown, scores))))
-            writer.add_figure(f"score_by_category/{_name(breakdown)}", category_figure(breakdown, scores, summary))
+            writer.add_text(
+                f"2_by_{tables.plain_name(breakdown)}", tables.markdown(_clean(breakdown_table(breakdown, scores)))
+            )
+            writer.add_figure(
+                f"score_by_category/{tables.plain_name(breakdown)}", category_figure(breakdown, scores, summary)
+            )
         shown = [rows[place] for place in pick_rows(rows, examples)]
         writer.add_text("3_examples", tables.markdown(_clean(examples_table(shown))))
         for row in shown:
@@ -94,7 +98,7 @@ def _add_scores(writer: SummaryWriter, evaluation: Evaluation) -> None:
     curves = {f"running_score/{summary.metric}": units}
     for breakdown, parts in by_category(units, rows).items():
         for category, part in list(parts.items())[:MOST_SHOWN]:
-            curves[f"running_score_by_{_name(breakdown)}/{_name(category)}"] = part
+            curves[f"running_score_by_{tables.plain_name(breakdown)}/{tables.plain_name(category)}"] = part
     for tag, part in curves.items():
         means = np.cumsum([unit.value for unit in part]) / np.arange(1, len(part) + 1)
         for point in np.unique(np.linspace(0, len(part) - 1, POINTS).astype(int)):
@@ -123,7 +127,7 @@ def _add_card(writer: SummaryWriter, evaluation: Evaluation, row: Row) -> None:
     except JaxmllmError:
         return  # it went since the question was answered; the tables still show the row
     category = next(iter(row["categories"].values()), "")
-    tag = f"{verdict(row['score'])}/{_name(category + ' ' + row['question_id'])}"
+    tag = f"{verdict(row['score'])}/{tables.plain_name(category + ' ' + row['question_id'])}"
     writer.add_image(tag, draw_card(picture, row, example.options), 0, dataformats="HWC")
 
 
@@ -210,11 +214,6 @@ def category_figure(breakdown: str, scores: Mapping[str, Score], summary: Summar
 
 def _short(text: str) -> str:
     return text if len(text) <= 24 else f"{text[:21]}..."
-
-
-def _name(text: str) -> str:
-    """Text as a part of a tag or of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", text).strip("_")[:80] or "unnamed"
 
 
 def _clean(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -7,7 +7,6 @@ chart. So ``accuracy/image_hidden_at_layer`` holds erase, blind, knockout and ea
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +24,6 @@ from jaxmllm.report import tables
 from jaxmllm.report.figures import overlay, summary_figure
 
 GENERATED_CHART = "generated_answers/image_hidden_at_layer"
-
-
-def plain_name(name: str) -> str:
-    """A name of a run or tag without what would make folders or groups of it."""
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def write_study(
@@ -71,7 +65,7 @@ def write_study(
             _add_curve(writer, GENERATED_CHART, np.full(study.num_layers, curves.clean_generated))
     for category in study.categories:
         of_kind = curves_of(study, category)
-        with SummaryWriter(str(logdir / f"kind_{plain_name(category)}")) as writer:
+        with SummaryWriter(str(logdir / f"kind_{tables.plain_name(category)}")) as writer:
             for name, values in of_kind.accuracy.items():
                 _add_curve(writer, f"accuracy_by_kind/{name.replace(':', '_')}", values)
             for name, values in of_kind.generated.items():
@@ -152,7 +146,7 @@ def _add_example(writer: SummaryWriter, study: Study, row: int) -> None:
     question, tokens = study.questions[row], study.tokens[row]
     image: Image.Image = open_image(question.image)
     boxes: Sequence[Sequence[float]] = question.boxes or ()
-    tag = plain_name(f"{question.category}_question_{question.question_id}")
+    tag = tables.plain_name(f"{question.category}_question_{question.question_id}")
     distribution = study.on_image(row, np.asarray(image_distribution(study.attention[:, row])))
     for layer, values in enumerate(distribution):
         picture = overlay(image, values, tokens, boxes, f"layer {layer}   {question.text}  ({question.answer})")

@@ -6,7 +6,7 @@ import pytest
 
 import jaxmllm
 from jaxmllm import Capture, InputError, Sampling
-from jaxmllm.analysis import at_site, erase_image, knockout
+from jaxmllm.analysis import at_site, compose, erase_image, knockout
 from jaxmllm.analysis.sharing.compilations import count_compilations
 from jaxmllm.decoding import batch_that_fits, score_answers, score_options
 from jaxmllm.decoding.fit import bytes_needed, repeat_rows
@@ -20,20 +20,17 @@ DRAWN = Sampling(temperature=1.3, top_k=20, top_p=0.9)
 
 def test_a_batch_is_its_questions_one_by_one(plain_pair):
     inputs = tiny.make_inputs(plain_pair, LAYOUT)
-    key = jax.random.key(3)
-    options = {"max_new_tokens": 10, "stop_tokens": (5, 6, 7, 8, 9, 10)}
-    greedy = jaxmllm.generate(plain_pair.jax, inputs, **options)
-    drawn = jaxmllm.generate(plain_pair.jax, inputs, **options, sampling=DRAWN, key=key, row_numbers=[7, 8, 9, 10])
-    for row, mask in enumerate(inputs["attention_mask"]):
-        alone = {name: value[row : row + 1] for name, value in inputs.items()}
-        alone |= {name: alone[name][:, : mask.sum()] for name in ("input_ids", "attention_mask")}
-        single = jaxmllm.generate(plain_pair.jax, alone, **options)
-        assert single.tokens[0].tolist() == greedy.tokens[row, : greedy.lengths[row]].tolist()
-        np.testing.assert_allclose(
-            single.log_probabilities[0], greedy.log_probabilities[row, : greedy.lengths[row]], atol=1e-5
-        )
-        single = jaxmllm.generate(plain_pair.jax, alone, **options, sampling=DRAWN, key=key, row_numbers=[7 + row])
-        assert single.tokens[0].tolist() == drawn.tokens[row, : drawn.lengths[row]].tolist()
+    options = {"max_new_tokens": 10, "stop_tokens": (5, 6, 7, 8, 9, 10), "key": jax.random.key(3)}
+    # one token left to draw is the greedy one
+    for sampling in (DRAWN, Sampling(1.0, 1, 1.0)):
+        together = jaxmllm.generate(plain_pair.jax, inputs, **options, sampling=sampling, row_numbers=[7, 8, 9, 10])
+        for row, mask in enumerate(inputs["attention_mask"]):
+            alone = {name: value[row : row + 1] for name, value in inputs.items()}
+            alone |= {name: alone[name][:, : mask.sum()] for name in ("input_ids", "attention_mask")}
+            single = jaxmllm.generate(plain_pair.jax, alone, **options, sampling=sampling, row_numbers=[7 + row])
+            length = together.lengths[row]
+            assert single.tokens[0].tolist() == together.tokens[row, :length].tolist()
+            np.testing.assert_allclose(single.log_probabilities[0], together.log_probabilities[row, :length], atol=1e-5)
 
 
 def test_what_is_drawn_follows_the_key(plain_pair):
@@ -82,15 +79,16 @@ def test_the_first_captures_and_log_probabilities_are_those_of_forward(plain_pai
 def test_a_masked_image_stays_masked(plain_pair):
     first, second = (tiny.make_inputs(plain_pair, [[3, 5]], seed=seed) for seed in (0, 1))
     second |= {name: first[name] for name in ("input_ids", "attention_mask")}
-    options = {"max_new_tokens": 8, "stop_tokens": ()}
 
-    def both(**edits):
-        return [jaxmllm.generate(plain_pair.jax, inputs, **options, **edits) for inputs in (first, second)]
+    def both(erased: float, cut: float):
+        """Answers about either image, which is erased or cut off by so much."""
+        edits = compose(erase_image(0, strength=erased), knockout(slice(None), "question", "image", strength=cut))
+        options = {"max_new_tokens": 8, "stop_tokens": (), "edits": edits}
+        return [jaxmllm.generate(plain_pair.jax, inputs, **options) for inputs in (first, second)]
 
-    seen = both()
+    seen = both(0.0, 0.0)
     assert not np.allclose(seen[0].log_probabilities, seen[1].log_probabilities, atol=1e-3)
-    for edits in (erase_image(0), knockout(slice(None), "question", "image")):
-        hidden = both(edits=edits)
+    for hidden in (both(1.0, 0.0), both(0.0, 1.0)):
         np.testing.assert_allclose(hidden[0].log_probabilities, hidden[1].log_probabilities, atol=1e-6)
         np.testing.assert_array_equal(hidden[0].tokens, hidden[1].tokens)
 

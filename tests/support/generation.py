@@ -1,5 +1,7 @@
 """What PyTorch generates: by ``generate``, and token by token without a cache, where hooks and masks can edit."""
 
+import copy
+
 import numpy as np
 import torch
 
@@ -12,8 +14,10 @@ def hugging_face(pair: Pair, inputs: dict[str, np.ndarray], limit: int, stop: in
     types = {}
     if "image_grid_thw" in inputs:  # without them, PyTorch counts the image's tokens as text
         types["mm_token_type_ids"] = torch.from_numpy((inputs["input_ids"] == pair.image_token).astype(np.int32))
+    # a copy, since rotary scaling of type "dynamic" remembers the longest sequence that a model has seen
+    model = copy.deepcopy(pair.torch)
     with torch.no_grad():
-        tokens = pair.torch.generate(
+        tokens = model.generate(
             **reference.tensors(inputs),
             **types,
             max_new_tokens=limit,

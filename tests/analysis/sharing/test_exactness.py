@@ -126,9 +126,8 @@ def erase_and_knockout():
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "name", ["class_token_biases", *(pytest.param(name, marks=SLOW) for name in ("llama3_rope", "tied_linear_rope"))]
-)
+@SLOW
+@pytest.mark.parametrize("name", ["class_token_biases", "llama3_rope", "tied_linear_rope"])
 def test_other_models(name):
     """Biases, a class token among the image tokens, a tower read at its end; one key-value head, scaled angles."""
     which = cases.model(name)

@@ -51,7 +51,7 @@ def both_ways(name: str, branches, **form) -> None:
 
 # Images of unlike sizes, without and with positions of three axes; test_instructed_images.py has InstructBLIP, and
 # to a sweep the others are LLaVA.
-UNLIKE_LLAVA = ("llava_next", "qwen2_5_vl")
+UNLIKE_LLAVA = (pytest.param("llava_next", marks=pytest.mark.slow), "qwen2_5_vl")
 
 
 @pytest.mark.parametrize("name", UNLIKE_LLAVA)
