@@ -3,8 +3,8 @@
     python scripts/make_goldens.py [NAME ...]
 
 Each golden is a folder under tests/fixtures/goldens with a checkpoint as transformers saves it, and ``golden.npz``: the
-inputs, and for the clean model and each edit the logits, residual streams and attention weights. With them parity can
-be tested where torch is not installed. Needs the test extra; run it again only when a golden is added.
+inputs, for the clean model and each edit the logits, residual streams and attention weights, and the greedy tokens of
+``generate``. With them parity can be tested where torch is not installed. Needs the test extra; run it again only when a golden is added.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ SMALL_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers":
 # LLaVA's, made smaller still; then one of every other family
 SHRUNK = ("grouped_queries", "class_token_biases", "llama3_rope", "tied_linear_rope")
 NAMES = (*SHRUNK, "next_llama", "vip_five_layers", "instructblip_cross_seldom", "qwen2_vl", "qwen2_5_vl")
+NEW_TOKENS = 8
 
 
 def main() -> None:
     """Writes the goldens named, or every one, anew."""
     sys.path.insert(0, str(ROOT))
-    from tests.support import reference, tiny
+    from tests.support import generation, reference, tiny
 
     wanted = sys.argv[1:] or NAMES
     unknown = set(wanted) - set(NAMES)
@@ -62,6 +63,7 @@ def main() -> None:
                 f"{edit}/resid_post": run.resid_post,
                 f"{edit}/attn_probs": run.attention,
             }
+        arrays["generated"] = generation.hugging_face(pair, inputs, NEW_TOKENS)
         np.savez_compressed(folder / "golden.npz", **arrays)
         (folder / "generation_config.json").unlink(missing_ok=True)
 

@@ -42,5 +42,19 @@ def test_golden(name, edit):
     np.testing.assert_allclose(got[:, pairs], np.moveaxis(weights, 2, -1)[:, pairs], atol=1e-5, rtol=0)
 
 
+# one of every family
+GENERATED = ("grouped_queries", "next_llama", "vip_five_layers", "instructblip_cross_seldom", "qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_tokens(name):
+    model = jaxmllm.load(GOLDENS / name)
+    with np.load(GOLDENS / name / "golden.npz") as golden:
+        inputs = {key.removeprefix("inputs/"): golden[key] for key in golden if key.startswith("inputs/")}
+        tokens = golden["generated"]
+    found = jaxmllm.generate(model, inputs, max_new_tokens=tokens.shape[1], stop_tokens=())
+    np.testing.assert_array_equal(found.tokens, tokens)
+
+
 def test_there_are_goldens():
     assert len(list(GOLDENS.glob("*/golden.npz"))) >= 4
