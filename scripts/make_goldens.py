@@ -3,8 +3,9 @@
     python scripts/make_goldens.py [NAME ...]
 
 Each golden is a folder under tests/fixtures/goldens with a checkpoint as transformers saves it, and ``golden.npz``: the
-inputs, for the clean model and each edit the logits, residual streams and attention weights, and the greedy tokens of
-``generate``. With them parity can be tested where torch is not installed. Needs the test extra; run it again only when a golden is added.
+inputs; for the clean model and each edit the logits, residual streams and attention weights; and the greedy tokens of
+``generate``. With them parity can be tested where torch is not installed. Needs the test extra; run it again only when
+a golden is added.
 """
 
 from __future__ import annotations
