@@ -22,6 +22,7 @@ from jaxmllm.analysis.edits import (
 )
 from jaxmllm.analysis.fusion import fusion_layers, review_layer
 from jaxmllm.analysis.geometry import ImageTokens, geometry, token_boxes
+from jaxmllm.analysis.likelihood import score_answers, score_options
 from jaxmllm.analysis.pointing import attention_mass, chance, pointing_hit
 from jaxmllm.analysis.sweeping import SweepResult, sweep
 from jaxmllm.models.boxes import TokenBoxes
@@ -49,6 +50,8 @@ __all__ = [
     "review_layer",
     "review_mask",
     "scale_heads",
+    "score_answers",
+    "score_options",
     "stack_edits",
     "sweep",
     "token_boxes",

@@ -160,12 +160,12 @@ def answer_branches(
       Answers ``[branches][Q]``, and how many of them were found without generating.
     """
     many = len(questions)
-    answers: list[list[Answer | None]] = [[None] * many for _ in sweeper.branches]
+    known: dict[tuple[int, int], Answer] = {}
     open_ = np.ones((len(sweeper.branches), many), bool)
     tried = 0
 
     def settle(branch: int, row: int, answer: Answer) -> None:
-        answers[branch][row], open_[branch, row] = answer, False
+        known[branch, row], open_[branch, row] = answer, False
 
     def try_answers(candidates: Sequence[Answer]) -> int:
         """Tries an answer to each question on all branches that are open; how many it fits."""
@@ -191,7 +191,7 @@ def answer_branches(
         if setup.plan is not None and open_[:, rows].sum() >= TRY_ABOVE * many:
             latest = dict(zip(rows, found, strict=True))
             tried += try_answers([latest.get(row, answer) for row, answer in enumerate(clean)])
-    return answers, tried  # type: ignore[return-value]  # nothing is open
+    return [[known[branch, row] for row in range(many)] for branch in range(len(sweeper.branches))], tried
 
 
 def judge_answers(

@@ -16,6 +16,7 @@ from jaxmllm.analysis.curves import Curves
 from jaxmllm.analysis.generated import Judge
 from jaxmllm.analysis.study import PointingTable, Study
 from jaxmllm.data.benchmarks.base import Skipped
+from jaxmllm.data.parquet import write_parquet
 from jaxmllm.data.questions import Question, read_questions
 from jaxmllm.evaluation.masking import questions_of
 from jaxmllm.evaluation.request import Request, open_benchmark
@@ -133,10 +134,10 @@ def _study(model: str | Path, logdir: Path, options: Options, ask: Ask) -> None:
             tensorboard.write_study(
                 folder, results, curves, pointing, settings, options.examples, lambda: bars.advance(task)
             )
-        tables.write_parquet(tables.tidy_rows(results, pointing), folder / "results.parquet")
-        tables.write_parquet(tables.question_rows(results), folder / "questions.parquet")
+        write_parquet(tables.tidy_rows(results, pointing), folder / "results.parquet")
+        write_parquet(tables.question_rows(results), folder / "questions.parquet")
         if results.generated is not None:
-            tables.write_parquet(tables.answer_rows(results), folder / "answers.parquet")
+            write_parquet(tables.answer_rows(results), folder / "answers.parquet")
     print_study(console, results, curves, pointing)
     console.print(results.cost.line(), highlight=False, soft_wrap=True)
     console.print(

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxmllm.analysis.sharing.budget import default_budget, gigabytes
 from jaxmllm.decoding.generate import room_for, row_keys, run_prompts, run_tokens
 from jaxmllm.decoding.sampling import Sampling
 from jaxmllm.errors import InputError
+from jaxmllm.memory import default_budget, gigabytes
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.edits import Edits
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm.data.benchmarks.base import Row, Skipped
+from jaxmllm.data.parquet import write_parquet
 from jaxmllm.errors import InputError
 from jaxmllm.evaluation.answering import Progress, answer_questions
 from jaxmllm.evaluation.request import Opened, Request, open_benchmark
@@ -18,7 +19,6 @@ from jaxmllm.evaluation.run import Run, open_run
 from jaxmllm.evaluation.settings import write_json, write_text
 from jaxmllm.evaluation.summary import Summary, summarise
 from jaxmllm.model import Model, load
-from jaxmllm.report import tables
 
 TABLE = "results.parquet"
 
@@ -115,7 +115,7 @@ def write_evaluation(evaluation: Evaluation) -> None:
     write_json(folder / "summary.json", dataclasses.asdict(evaluation.summary))
     temporary = folder / f".{TABLE}"
     try:
-        tables.write_parquet(table_rows(evaluation.rows), temporary)
+        write_parquet(table_rows(evaluation.rows), temporary)
         temporary.replace(folder / TABLE)
     except OSError as error:
         raise InputError(f"{folder / TABLE}: cannot be written ({error})") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,14 +107,6 @@ def answer_rows(study: Study) -> list[dict[str, Any]]:
         for layer, predictions in enumerate(layers)
         for question, prediction in zip(study.questions, predictions, strict=True)
     ]
-
-
-def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes rows as one Parquet table."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def percent(value: float) -> str:

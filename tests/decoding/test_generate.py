@@ -6,9 +6,9 @@ import pytest
 
 import jaxmllm
 from jaxmllm import Capture, InputError, Sampling
-from jaxmllm.analysis import at_site, compose, erase_image, knockout
+from jaxmllm.analysis import at_site, compose, erase_image, knockout, score_answers, score_options
 from jaxmllm.analysis.sharing.compilations import count_compilations
-from jaxmllm.decoding import batch_that_fits, score_answers, score_options
+from jaxmllm.decoding import batch_that_fits
 from jaxmllm.decoding.fit import bytes_needed, repeat_rows
 from jaxmllm.processing import append_answers
 from tests.support import demo, tiny

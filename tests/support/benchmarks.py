@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from jaxmllm.data.benchmarks import Source, benchmark_named
+from jaxmllm.data.benchmarks.base import judged_row
 
 COLOURS = ("red", "green", "blue", "yellow")
 ROTATIONS = 4
@@ -33,28 +34,11 @@ def write_benchmark(name: str, folder: Path, count: int = 4, image_size: tuple[i
 def rows_of(name: str, source: Source, predictions: list[str]) -> list[dict]:
     """Rows as a run writes them."""
     benchmark = benchmark_named(name)
-    rows = []
-    for index, prediction in enumerate(predictions):
-        example = source[index]
-        rows.append(
-            {
-                "index": index,
-                "question_id": example.question_id,
-                "where": example.where,
-                "question": example.text,
-                "prompt": example.text,
-                "prediction": prediction,
-                "parsed": benchmark.parse(prediction, example),
-                "score": benchmark.score(prediction, example),
-                "answers": None if example.answers is None else list(example.answers),
-                "reference": benchmark.reference(example),
-                "categories": dict(example.categories),
-                "image": str(example.image),
-                "log_probability": -1.0,
-                "tokens": 2,
-                "stopped": True,
-            }
-        )
+    generated = {"log_probability": -1.0, "tokens": 2, "stopped": True}
+    rows = [
+        judged_row(benchmark, index, source[index], source[index].text, prediction) | generated
+        for index, prediction in enumerate(predictions)
+    ]
     return json.loads(json.dumps(rows))
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from jaxmllm.analysis.sharing.segments import Lane, find_rows, make_lanes
 from jaxmllm.analysis.sharing.shapes import Shapes
 from jaxmllm.analysis.sharing.touch import settle
 from jaxmllm.errors import InputError
+from jaxmllm.memory import default_budget, gigabytes
 from jaxmllm.models.attention import QUERY_CHUNK
 from jaxmllm.models.edits import Edits, Positions
 from jaxmllm.models.inputs import Inputs
@@ -93,19 +93,6 @@ class SweepPlan:
             f"chunks of {self.rows} questions over {self.contexts} images, blocks of {self.block} questions; about "
             f"{self.clean_passes:.1f} clean passes a question, and {self.one_off:.1f} once",
         ]
-
-
-def gigabytes(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
-
-
-def default_budget() -> int:
-    """What the first device says it may use, or half of the machine's memory where it does not say."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(0.9 * stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def plan_sweep(
