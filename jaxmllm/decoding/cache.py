@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxmllm.models.attention import BLOCKED, KeyValue, attention
-from jaxmllm.models.capture import Capture
+from jaxmllm.models.attention import BLOCKED, KeyValue, attention, attention_rows
+from jaxmllm.models.capture import ATTENTION, Capture, Site
 from jaxmllm.models.decoder import Tap
 from jaxmllm.models.edits import Edits, LayerEdits, resolve
 from jaxmllm.models.layers import Leaf
@@ -35,14 +35,21 @@ class Cache:
     value: Leaf
 
     @classmethod
-    def of_layer(cls, own: KeyValue, slots: int) -> Cache:
-        """One layer's ``[K, B, T, E]`` from a run that begins with slot 0; what is behind it is zeros."""
+    def of_layer(cls, own: KeyValue, slots: int, before: Cache | None = None) -> Cache:
+        """One layer's ``[K, B, T, E]`` from a run that follows ``before`` (or begins with slot 0); zeros behind it."""
 
-        def place(values: Float[Array, "B run K E"]) -> Float[Array, "K B T E"]:
-            room = ((0, 0), (0, slots - values.shape[1]), (0, 0), (0, 0))
-            return jnp.moveaxis(jnp.pad(values, room), 2, 0)
+        def place(values: Float[Array, "B run K E"], first: Float[Array, "K B head E"] | None) -> Array:
+            heads_first = jnp.moveaxis(values, 2, 0)
+            filled = heads_first if first is None else jnp.concatenate([first, heads_first], axis=2)
+            return jnp.pad(filled, ((0, 0), (0, 0), (0, slots - filled.shape[2]), (0, 0)))
 
-        return cls(place(own.key), place(own.value))
+        if before is None:
+            return cls(place(own.key, None), place(own.value, None))
+        return cls(place(own.key, before.key), place(own.value, before.value))
+
+    def head(self, slots: int) -> Cache:
+        """The first slots alone."""
+        return Cache(self.key[..., :slots, :], self.value[..., :slots, :])
 
     def parts(self) -> KeyValue:
         """The slots as ``attention`` takes them, ``[..., B, T, K, E]``."""
@@ -92,33 +99,86 @@ def with_room(layout: Layout, room: int) -> Layout:
     )
 
 
+def join(head: Layout, keep: Bool[Array, "B S"], tail: Layout) -> Layout:
+    """The layout of slots that are there already, of which only some count, followed by others.
+
+    Tokens of the tail count on from the highest rotary position that is kept, whatever positions they have themselves.
+
+    Args:
+      head: of the slots that are there.
+      keep: those of them that the sequence still has, in order; a part of the valid ones.
+      tail: of what follows.
+    """
+    following = tail.positions
+    if following.ndim < head.positions.ndim:  # text alone counts alike on every rotary axis
+        following = jnp.broadcast_to(following[..., None], (*following.shape, head.positions.shape[-1]))
+    axes = (1,) * (following.ndim - 2)
+    seen = keep.reshape(*keep.shape, *axes)
+    highest = jnp.max(jnp.where(seen, head.positions, -1).reshape(len(keep), -1), axis=-1).reshape(-1, 1, *axes)
+    valid = jnp.concatenate([keep, tail.valid], axis=1)
+    return Layout(
+        image=jnp.concatenate([head.image & keep, tail.image], axis=1),
+        valid=valid,
+        positions=jnp.concatenate([head.positions, following + highest + 1], axis=1),
+        mask=None,
+        answer_positions=None,
+        max_image_tokens=head.max_image_tokens + tail.max_image_tokens,
+        bucketed=True,
+        # what was left out stands between the two, so windows count what is left
+        place=jnp.cumsum(valid, axis=1) - 1,
+    )
+
+
 def prefill(
-    module: Any, hidden: Float[Array, "B S D"], layout: Layout, edits: Edits | None, capture: Capture
+    module: Any,
+    hidden: Float[Array, "B run D"],
+    layout: Layout,
+    edits: Edits | None,
+    capture: Capture,
+    before: Cache | None = None,
 ) -> tuple[Float[Array, "B V"], Cache, dict[str, Array]]:
-    """The pass over the prompts.
+    """The pass over prompts, or over what follows slots that are filled already.
 
     Args:
       module: of the family.
-      hidden: embedded prompts.
-      layout: of prompts and slots.
+      hidden: embedded tokens of the run.
+      layout: of all slots, those for generated tokens included.
       edits: what is done on the way.
       capture: what is kept on the way.
+      before: keys and values of the slots before the run.
 
     Returns:
       Logits of the first generated token, the cache, and the captured sites.
     """
-    decoder, length = module.decoder, hidden.shape[1]
+    decoder = module.decoder
+    start = 0 if before is None else before.key.shape[-2]
+    stop = start + hidden.shape[1]
     resolved = resolve(edits, decoder.config.num_layers, decoder.config.num_heads, layout)
 
-    def tap(layer: Array, edits: LayerEdits, _: Leaf) -> Tap:
+    def tap(layer: Array, edits: LayerEdits, of_layer: Cache | None) -> Tap:
         acting = (edits, resolved.queries_and_keys, resolved.hooks)
-        return Tap(layer, *acting, capture, layout, 0, length, decoder.config.windows)
+        return RunTap(layer, *acting, capture, layout, start, stop, decoder.config.windows, before=of_layer)
 
     def keep(tap: Tap, own: KeyValue) -> tuple[Cache, dict[str, Array]]:
-        return Cache.of_layer(own, layout.length), tap.captured
+        assert isinstance(tap, RunTap)
+        return Cache.of_layer(own, layout.length, tap.before), tap.captured
 
-    hidden, (cache, captured) = decoder.run(hidden, layout.positions[:, :length], resolved, tap, keep)
-    return decoder.logits(gather_rows(hidden, layout.last[:, None])[:, 0]), cache, captured
+    hidden, (cache, captured) = decoder.run(hidden, layout.positions[:, start:stop], resolved, tap, keep, before)
+    return decoder.logits(gather_rows(hidden, layout.last[:, None] - start)[:, 0]), cache, captured
+
+
+@dataclasses.dataclass
+class RunTap(Tap):
+    """Stands at the sites of one layer for a run of slots.
+
+    Attributes:
+      before: keys and values of the slots before the run.
+    """
+
+    before: Cache | None = None
+
+    def attend(self, query: Array, own: KeyValue, past: Sequence[KeyValue]) -> Float[Array, "B run H E"]:
+        return super().attend(query, own, past if self.before is None else [*past, self.before.parts()])
 
 
 @dataclasses.dataclass
@@ -134,19 +194,41 @@ class StepTap(Tap):
     def of_run(self, values: Float[Array, "B S"]) -> Float[Array, "B 1"]:
         return jax.lax.dynamic_slice_in_dim(values, self.start, 1, axis=1)
 
-    def mix(self, query: Array, own: KeyValue, past: Sequence[KeyValue]) -> Float[Array, "B 1 H E"]:
+    def rows(self, wanted: Site) -> Int[Array, "B 1"]:
+        """The one row there is, whatever rows of the prompts were asked for."""
+        return jnp.zeros((len(self.layout.valid), 1), jnp.int32)
+
+    def seen(self, slot: Int[Array, ""]) -> tuple[KeyValue, Float[Array, "B 1 T"]]:
+        """All slots before, and the bias towards them and, last, towards the slot's own key.
+
+        The slot's own key stands apart: put into its place it would have the whole layer's cache copied.
+        """
         assert self.cache is not None
-        seen, slot = self.cache.parts(), jnp.asarray(self.start)
+        seen = self.cache.parts()
         bias = self.bias(slot[None, None], seen.length)
-        # the slot's own key stands apart: put into its place it would have the whole layer's cache copied
         of_own = jax.lax.dynamic_slice_in_dim(bias, slot, 1, axis=2)
         bias = jnp.where(jnp.arange(seen.length) == slot, 2 * BLOCKED, bias)
-        return attention(query, own, [*past, seen], lambda *span: jnp.concatenate([bias, of_own], axis=2))
+        return seen, jnp.concatenate([bias, of_own], axis=2)
+
+    def attend(self, query: Array, own: KeyValue, past: Sequence[KeyValue]) -> Float[Array, "B 1 H E"]:
+        seen, bias = self.seen(jnp.asarray(self.start))
+        wanted = self.capture.site(ATTENTION)
+        if wanted is not None:
+            weights = attention_rows(query, [*past, seen, own], bias)
+            slots = jax.lax.dynamic_update_slice_in_dim(weights[..., :-1], weights[..., -1:], self.start, axis=-1)
+            self.keep_attention(wanted, slots)
+        return self.finish(attention(query, own, [*past, seen], lambda *span: bias))
 
 
 def step(
-    module: Any, tokens: Int[Array, " B"], slot: Int[Array, ""], layout: Layout, edits: Edits | None, cache: Cache
-) -> tuple[Float[Array, "B V"], Cache]:
+    module: Any,
+    tokens: Int[Array, " B"],
+    slot: Int[Array, ""],
+    layout: Layout,
+    edits: Edits | None,
+    cache: Cache,
+    capture: Capture = Capture(),
+) -> tuple[Float[Array, "B V"], Cache, dict[str, Array]]:
     """The pass over one generated token.
 
     Args:
@@ -156,23 +238,24 @@ def step(
       layout: of prompts and slots.
       edits: as in ``prefill``.
       cache: of all slots before.
+      capture: what is kept on the way, of this token alone.
 
     Returns:
-      Logits of the next token, and the cache with this one.
+      Logits of the next token, the cache with this one, and the captured sites.
     """
     decoder = module.decoder
     resolved = resolve(edits, decoder.config.num_layers, decoder.config.num_heads, layout)
 
     def tap(layer: Array, edits: LayerEdits, of_layer: Cache) -> Tap:
         acting = (edits, resolved.queries_and_keys, resolved.hooks)
-        return StepTap(layer, *acting, Capture(), layout, slot, slot + 1, decoder.config.windows, cache=of_layer)
+        return StepTap(layer, *acting, capture, layout, slot, slot + 1, decoder.config.windows, cache=of_layer)
 
-    hidden, own = decoder.run(
+    hidden, (own, captured) = decoder.run(
         decoder.embed(tokens[:, None]),
         jax.lax.dynamic_slice_in_dim(layout.positions, slot, 1, axis=1),
         resolved,
         tap,
-        lambda tap, own: own,
+        lambda tap, own: (own, tap.captured),
         cache,
     )
-    return decoder.logits(hidden[:, 0]), cache.put(own, slot)
+    return decoder.logits(hidden[:, 0]), cache.put(own, slot), captured

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxmllm.decoding.generate import room_for, row_keys, run_prompts, run_tokens
+from jaxmllm.decoding.rules import OneByOne
 from jaxmllm.decoding.sampling import Sampling
 from jaxmllm.errors import InputError
 from jaxmllm.memory import default_budget, gigabytes
@@ -67,17 +68,16 @@ def bytes_needed(
     checked, room = model.as_inputs(inputs, bucketed=True), room_for(max_new_tokens)
     key = None if sampling is None else jax.random.key(0)
     prompts = run_prompts.lower(model.graphdef, model.params, checked, edits, Capture(), room)
-    logits, cache, layout, _ = prompts.out_info
+    shapes, cache = prompts.out_info
     keys = row_keys(len(checked.input_ids), sampling, key, None)
     stop = np.array(model.endings.stop_tokens, np.int32)
     tokens = run_tokens.lower(
         model.graphdef,
         model.params,
-        logits,
+        shapes,
         cache,
-        layout,
         edits,
-        sampling,
+        OneByOne(sampling),
         keys,
         (stop, np.int32(model.endings.pad_token)),
         np.int32(max_new_tokens),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmllm.decoding.cache import Cache, prefill, step, with_room
-from jaxmllm.decoding.sampling import Sampling, choose
+from jaxmllm.decoding.cache import Cache, join, prefill, with_room
+from jaxmllm.decoding.rules import Decoded, Decoding, Ending, OneByOne, Rule
+from jaxmllm.decoding.sampling import Sampling
 from jaxmllm.errors import InputError, ProcessorError
 from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import Capture
@@ -43,6 +44,7 @@ class Generated:
       texts: the answers without special tokens and white space around them; ``None`` where the checkpoint's folder
         holds no processor.
       captured: what was captured of the pass over the prompts.
+      recorded: what was captured of every position that predicted a token, by site, with a leading axis of N.
     """
 
     tokens: Int[np.ndarray, "B N"]
@@ -51,102 +53,118 @@ class Generated:
     stopped: Bool[np.ndarray, " B"]
     texts: tuple[str, ...] | None
     captured: dict[str, Array]
+    recorded: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoded:
-    """The state of the loop over tokens.
+class Prompts:
+    """What a pass over prompts leaves, beside the cache.
 
     Attributes:
-      step ``[]``: tokens chosen so far.
-      cache: keys and values so far.
-      tokens ``[B, room]``, log_probabilities ``[B, room]``: chosen so far.
-      lengths ``[B]``, stopped ``[B]``: as in ``Generated``.
+      logits ``[R, V]``: of the first generated token; R rows, which may be several an example.
+      layout: of the prompts and of the slots for generated tokens.
+      ids ``[R, S]``: token ids of all slots before those.
+      captured: the sites that were captured.
+      findings: what the reader made of them.
     """
 
-    step: Leaf
-    cache: Cache
-    tokens: Leaf
-    log_probabilities: Leaf
-    lengths: Leaf
-    stopped: Leaf
+    logits: Leaf
+    layout: Layout
+    ids: Leaf
+    captured: dict[str, Leaf]
+    findings: Leaf
+
+
+# Makes something of what a pass over prompts captured, within the compiled program. A pytree: its numbers are data.
+Reader = Callable[[dict[str, Array], Layout], Leaf]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "capture", "room"))
 def run_prompts(
-    graphdef: nnx.GraphDef, params: pure.Params, inputs: Inputs, edits: Edits | None, capture: Capture, room: int
-) -> tuple[Float[Array, "B V"], Cache, Layout, dict[str, Array]]:
-    """Compiled pass over the prompts: first logits, the cache with room behind them, its layout, what was captured."""
+    graphdef: nnx.GraphDef,
+    params: pure.Params,
+    inputs: Inputs,
+    edits: Edits | None,
+    capture: Capture,
+    room: int,
+    reader: Reader | None = None,
+) -> tuple[Prompts, Cache]:
+    """Compiled pass over prompts; its cache has room behind them."""
     module = pure.merge(graphdef, params)
     prompts = pure.layout_of(inputs, module.config.image_token_id)
     decoder = module.decoder.config
     resolve(edits, decoder.num_layers, decoder.num_heads, prompts)  # raises where position weights do not fit
     layout = with_room(prompts, room)
     logits, cache, captured = prefill(module, pure.embed(module, inputs), layout, edits, capture)
-    return logits, cache, layout, captured
+    findings = None if reader is None else reader(captured, layout)
+    return Prompts(logits, layout, inputs.input_ids, captured, findings), cache
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "capture", "room"))
+def run_tail(
+    graphdef: nnx.GraphDef,
+    params: pure.Params,
+    first: Prompts,
+    cache: Cache,
+    keep: Bool[Array, "B S"],
+    tail: Inputs,
+    edits: Edits | None,
+    capture: Capture,
+    room: int,
+) -> tuple[Prompts, Cache]:
+    """Compiled pass over other prompts that begin as earlier ones did: only what follows is computed.
+
+    Args:
+      graphdef, params: of the model.
+      first, cache: of the earlier prompts.
+      keep: which of their slots these prompts begin with.
+      tail: what follows them, images included.
+      edits: as there; they must not have changed what is kept in another way.
+      capture: what is kept of the tail's pass.
+      room: slots for generated tokens.
+    """
+    module = pure.merge(graphdef, params)
+    slots = keep.shape[1]
+    head = dataclasses.replace(
+        first.layout,
+        image=first.layout.image[:, :slots],
+        valid=first.layout.valid[:, :slots],
+        positions=first.layout.positions[:, :slots],
+    )
+    layout = with_room(join(head, keep, pure.layout_of(tail, module.config.image_token_id)), room)
+    logits, grown, captured = prefill(module, pure.embed(module, tail), layout, edits, capture, cache.head(slots))
+    ids = jnp.concatenate([first.ids, tail.input_ids], axis=1)
+    return Prompts(logits, layout, ids, captured, None), grown
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "room"), donate_argnames=("cache",))
 def run_tokens(
     graphdef: nnx.GraphDef,
     params: pure.Params,
-    logits: Float[Array, "B V"],
+    prompts: Prompts,
     cache: Cache,
-    layout: Layout,
     edits: Edits | None,
-    sampling: Sampling | None,
+    rule: Rule,
     keys: Leaf | None,
     endings: tuple[Int[Array, " n"], Int[Array, ""]],
     limit: Int[Array, ""],
     room: int,
 ) -> Decoded:
-    """Compiled loop: chooses tokens until every example has stopped or has ``limit`` of them.
+    """Compiled loop over the tokens that follow the prompts.
 
     Args:
       graphdef, params: of the model.
-      logits, cache, layout: of ``run_prompts``.
+      prompts, cache: of the pass over the prompts.
       edits: as there.
-      sampling: see ``choose``.
+      rule: how tokens follow from what the model says.
       keys ``[B]``: a random key an example; ``None`` where nothing is drawn.
       endings: stop tokens, and the token behind an answer's end.
       limit: tokens an answer, at most ``room``.
       room: slots for generated tokens.
     """
     module = pure.merge(graphdef, params)
-    stop_tokens, pad_token = endings
-    first = layout.length - room
-
-    def take(state: Decoded, logits: Array, cache: Cache) -> Decoded:
-        token = choose(logits, keys, state.step, sampling)
-        log_probability = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1)[:, 0]
-        going = ~state.stopped
-        return Decoded(
-            step=state.step + 1,
-            cache=cache,
-            tokens=state.tokens.at[:, state.step].set(jnp.where(going, token, pad_token)),
-            log_probabilities=state.log_probabilities.at[:, state.step].set(jnp.where(going, log_probability, 0.0)),
-            lengths=state.lengths + going,
-            stopped=state.stopped | (token[:, None] == stop_tokens).any(axis=-1),
-        )
-
-    def unfinished(state: Decoded) -> Array:
-        return (state.step < limit) & ~state.stopped.all()
-
-    def next_token(state: Decoded) -> Decoded:
-        before = state.step - 1
-        return take(state, *step(module, state.tokens[:, before], first + before, layout, edits, state.cache))
-
-    batch = len(logits)
-    begin = Decoded(
-        step=jnp.int32(0),
-        cache=cache,
-        tokens=jnp.full((batch, room), pad_token, jnp.int32),
-        log_probabilities=jnp.zeros((batch, room), jnp.float32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        stopped=jnp.zeros(batch, bool),
-    )
-    return jax.lax.while_loop(unfinished, next_token, take(begin, logits, cache))
+    return rule.decode(Decoding(module, prompts, cache, edits, keys, Ending(*endings, limit, room)))
 
 
 def generate(
@@ -205,21 +223,25 @@ def generate(
     params = model.params if params is None else params
     stop = model.endings.stop_tokens if stop_tokens is None else tuple(stop_tokens)
     room = room_for(max_new_tokens)
-    logits, cache, layout, captured = run_prompts(model.graphdef, params, checked, edits, capture or Capture(), room)
+    prompts, cache = run_prompts(model.graphdef, params, checked, edits, capture or Capture(), room)
     done = run_tokens(
         model.graphdef,
         params,
-        logits,
+        prompts,
         cache,
-        layout,
         edits,
-        sampling,
+        OneByOne(sampling),
         row_keys(batch, sampling, key, row_numbers),
         (np.array(stop, np.int32), np.int32(model.endings.pad_token)),
         np.int32(max_new_tokens),
         room,
     )
-    width = int(done.step)
+    return generated(model, done, prompts.captured)
+
+
+def generated(model: Any, done: Decoded, captured: dict[str, Array]) -> Generated:
+    """What was decoded, on the host and as text."""
+    width = int(done.steps)
     tokens, lengths = np.asarray(done.tokens)[:, :width], np.asarray(done.lengths)
     return Generated(
         tokens=tokens,
@@ -228,6 +250,7 @@ def generate(
         stopped=np.asarray(done.stopped),
         texts=read_texts(model, [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]),
         captured=captured,
+        recorded={name: values[:width] for name, values in done.recorded.items()},
     )
 
 

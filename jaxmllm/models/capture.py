@@ -33,13 +33,13 @@ class Site:
         (the positions that predict an answer's tokens), ``all``, or indices into the padded sequence.
       keys: for attention: ``image`` keeps the image tokens in sequence order (padded with zeros where examples have
         unlike numbers of them), ``all`` keeps every position.
-      heads: for attention: ``mean`` over the heads, or ``each``.
+      heads: for attention: ``mean`` or ``max`` over the heads, or ``each``.
     """
 
     name: str
     rows: Rows = "last"
     keys: Literal["image", "all"] = "image"
-    heads: Literal["mean", "each"] = "mean"
+    heads: Literal["mean", "max", "each"] = "mean"
 
     def __post_init__(self) -> None:
         if self.name not in SITES:
@@ -50,8 +50,8 @@ class Site:
             raise InputError(f"unknown rows {self.rows!r}; expected 'last', 'answer', 'all' or positions")
         if self.keys not in ("image", "all"):
             raise InputError(f"unknown keys {self.keys!r}; expected 'image' or 'all'")
-        if self.heads not in ("mean", "each"):
-            raise InputError(f"unknown heads {self.heads!r}; expected 'mean' or 'each'")
+        if self.heads not in ("mean", "max", "each"):
+            raise InputError(f"unknown heads {self.heads!r}; expected 'mean', 'max' or 'each'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Capture:
     ==================  =====================================================================
     site                shape
     ==================  =====================================================================
-    ``attn_probs``      ``[L, B, R, T]`` (mean over heads) or ``[L, B, H, R, T]``, float32
+    ``attn_probs``      ``[L, B, R, T]`` (mean or max over heads) or ``[L, B, H, R, T]``, float32
     ``early_logits``    ``[L, B, R, V]``, float32: final norm and head applied after each layer
     all others          ``[L, B, R, D]``
     ==================  =====================================================================
@@ -79,6 +79,14 @@ class Capture:
     def __or__(self, other: Capture) -> Capture:
         return Capture(self.sites + other.sites)
 
+    def with_also(self, other: Capture) -> Capture:
+        """Both captures, where they may ask for the same.
+
+        Raises:
+          InputError: they ask for one site in two ways.
+        """
+        return self | Capture(tuple(site for site in other.sites if site not in self.sites))
+
     def site(self, name: str) -> Site | None:
         return next((site for site in self.sites if site.name == name), None)
 
@@ -87,7 +95,7 @@ class Capture:
         cls,
         rows: Rows = "last",
         keys: Literal["image", "all"] = "image",
-        heads: Literal["mean", "each"] = "mean",
+        heads: Literal["mean", "max", "each"] = "mean",
     ) -> Capture:
         """Attention weights of the decoder, softmax over *all* positions (the image's share is less than 1)."""
         return cls((Site(ATTENTION, rows, keys, heads),))

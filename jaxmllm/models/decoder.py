@@ -99,7 +99,10 @@ class Tap:
             parts = (*past, own)
             bias = self.bias(rows + self.start, sum(part.length for part in parts))
             self.keep_attention(wanted, attention_rows(gather_rows(query, rows), parts, bias))
-        mixed = self.mix(query, own, past)
+        return self.finish(self.mix(query, own, past))
+
+    def finish(self, mixed: Float[Array, "B run H E"]) -> Float[Array, "B run H E"]:
+        """What is done to the heads' outputs."""
         if self.edits.head_scale is not None:
             mixed = mixed * self.edits.head_scale[:, None].astype(mixed.dtype)
         return self.run_hooks("z", mixed)
@@ -113,8 +116,8 @@ class Tap:
         return attention(query, own, past, bias_of, causal=self.layout.mask is None)
 
     def keep_attention(self, wanted: Site, weights: Float[Array, "B H R T"]) -> None:
-        if wanted.heads == "mean":
-            weights = weights.mean(axis=1)
+        if wanted.heads != "each":
+            weights = weights.mean(axis=1) if wanted.heads == "mean" else weights.max(axis=1)
         if wanted.keys == "image":
             index, filled = self.layout.image_index()
             middle = (1,) * (weights.ndim - 2)
@@ -189,7 +192,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Final norm and output head, in float32."""
-        normed = self.norm(hidden)
+        return self.read(self.norm(hidden))
+
+    def read(self, normed: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """The output head alone, in float32."""
         logits = self.embed.attend(normed) if self.config.tie_word_embeddings else self.head(normed)
         return logits.astype(jnp.float32)
 
