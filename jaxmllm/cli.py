@@ -69,11 +69,26 @@ SkipBad = Annotated[
 def demo(
     logdir: Annotated[Path | None, typer.Option(help="New folder for results; by default one under runs/.")] = None,
     limit: Limit = None,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="Let all methods answer questions about small objects instead.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the scenes of --methods; by default 0.")] = None,
 ) -> None:
-    """Finds the fusion layers of the embedded model on its held-out scenes. Needs no network and no GPU."""
+    """Finds the fusion layers of the embedded model on its held-out scenes. Needs no network and no GPU.
+
+    With --methods, contrastive attention, its rivals and controls answer the same questions about scenes of small
+    objects, of which a right crop shows more than the whole.
+    """
     from jaxmllm.commands.study import Options, study_file
 
     logdir = logdir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    if methods:
+        from jaxmllm.commands.contest import contest_and_report
+
+        contest_and_report(DEMO, logdir, limit, seed or 0)
+        return
+    if seed is not None:
+        raise InputError("--seed draws the scenes of --methods; the held-out scenes of the demo are always the same")
     questions = DEMO / "questions"
     study_file(DEMO / "model", questions / "questions.jsonl", questions / "images", logdir, Options(), limit)
 
@@ -161,6 +176,13 @@ def evaluate(
         str | None,
         typer.Option(help="Interventions during generation: erase:12, blind:3-7, knockout:8-, erase:12+knockout:0-3."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="How to answer: vicrop, vcd:alpha=1, contrastive:candidates=all; see `jaxmllm methods`."),
+    ] = None,
+    fusion_layers: Annotated[
+        str | None, typer.Option(help="For contrastive attention: 2+4+8, or the fusion.json that a sweep wrote.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Questions computed together; by default as many as fit.")
     ] = None,
@@ -192,12 +214,22 @@ def evaluate(
         prompt=prompt,
         conversation=conversation,
         edits=edits,
+        method=method,
+        fusion_layers=fusion_layers,
         sampling=Sampling(1.0 if temperature is None else temperature, top_k, top_p) if sampled else None,
         seed=seed,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
     )
     evaluate_and_report(request, logdir, batch_size, budget, examples)
+
+
+@app.command()
+def methods() -> None:
+    """Lists the methods that `evaluate --method` takes, with their options and presets."""
+    from jaxmllm.commands.methods import print_methods
+
+    print_methods()
 
 
 @app.command()

@@ -1,12 +1,14 @@
 """Trains the embedded model from scratch on generated scenes.
 
-    python scripts/train_demo_model.py --out runs/demo-model              # about an hour on 2 cores; resumes
+    python scripts/train_demo_model.py --out runs/demo-model              # about two hours on 2 cores; resumes
     python scripts/train_demo_model.py --out runs/smoke --preset smoke   # a minute: few objects, two kinds of questions
+    python scripts/train_demo_model.py --out runs/zoom --preset zoom --start MODEL   # the last stage, from a folder
 
 Stages. *vision*: the vision tower alone names what every patch shows, through heads that are thrown away later.
 *joint*: the whole model answers questions, with a curriculum from few objects to many, while the patch loss goes
 on at a lower weight. *settle*: the same at full difficulty, with a lower rate, more of the hard kinds
-of questions, and a vision tower that learns faster again.
+of questions, and a vision tower that learns faster again. *zoom*: small objects too, and prompts with two images, the
+second a part of the first at a higher resolution, so that a model that is shown a crop knows what to do with it.
 
 One sequence holds an image and several questions that cannot see each other, so that one image encoding supervises them
 all. Only answers and the end token carry a loss.
@@ -34,6 +36,7 @@ import orbax.checkpoint as ocp
 import typer
 from demo_export import IMAGE_TOKEN, MODEL_CONFIG, export_model, vocabulary
 from flax import nnx
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -42,10 +45,12 @@ from jaxmllm.data.scene_questions import QUESTION_KINDS, ask_all
 from jaxmllm.data.scenes import (
     COLOUR_NAMES,
     KINDS,
+    Scene,
     patch_targets,
     render,
     sample_scene,
 )
+from jaxmllm.model import load
 from jaxmllm.models import forward, llava
 from jaxmllm.models.images import place_images
 from jaxmllm.models.inputs import Inputs
@@ -54,7 +59,9 @@ from jaxmllm.models.layers import Builder, Leaf
 CONFIG = llava.read_config(MODEL_CONFIG)
 WORDS = {word: index for index, word in enumerate(vocabulary())}
 GRID = CONFIG.vision.grid
-SEQUENCE = 2 + CONFIG.tokens_per_image + 104  # prefix, image, and room for about ten questions
+PREFIX = 2  # tokens before the first image
+ROOM = 104  # for about ten questions
+LARGE_SIDE = 4 * CONFIG.vision.image_size  # of the pictures that crops are cut from, in pixels
 QUESTIONS = 12  # drawn for each image; those that do not fit are left out
 
 # classes of the auxiliary heads, background first where a patch may show none
@@ -71,6 +78,8 @@ class Stage:
       patch_weight: weight of the patch loss; answers carry 1, or 0 in the vision stage.
       vision_rate: learning rate of the vision tower as a share of the rest's.
       weights: how often each kind of question is asked.
+      two_views: share of the batches whose prompts show two images, the whole and a part.
+      small: share of the scenes whose objects are small; ``sizes`` is the range of theirs, 1 being the usual.
     """
 
     name: str
@@ -81,6 +90,9 @@ class Stage:
     patch_weight: float
     vision_rate: float
     weights: dict[str, float]
+    two_views: float = 0.0
+    small: float = 0.0
+    sizes: tuple[float, float] = (0.25, 0.5)
 
 
 WEIGHTS = {kind: 1.0 for kind in QUESTION_KINDS} | {"count": 1.3, "above_below": 1.3, "left_right": 1.3}
@@ -89,12 +101,18 @@ HARD_KINDS_MORE_OFTEN = WEIGHTS | {
     "above_below": 0.8, "left_right": 2.0,
 }  # fmt: skip
 EASY = {"colour": 1.0, "digit_colour": 1.0, "count": 0.2}  # every scene admits a count
+ZOOM = Stage(
+    "zoom", 26_400, 24, 1.2e-3, ((0.0, (2, 5)),), 0.2, 0.4,
+    HARD_KINDS_MORE_OFTEN | {"shape": 1.4, "digit": 2.2}, two_views=0.55, small=0.65,
+)  # fmt: skip
 PRESETS = {
     "full": (
         Stage("vision", 51_200, 32, 4e-3, ((0.0, (4, 7)),), 1.0, 1.0, WEIGHTS),
         Stage("joint", 57_600, 24, 2.5e-3, ((0.0, (1, 2)), (0.1, (2, 3)), (0.25, (2, 5))), 0.5, 0.15, WEIGHTS),
         Stage("settle", 43_200, 24, 1.5e-3, ((0.0, (2, 5)),), 0.5, 0.4, HARD_KINDS_MORE_OFTEN),
+        ZOOM,
     ),
+    "zoom": (ZOOM,),
     "smoke": (
         Stage("vision", 3_200, 32, 4e-3, ((0.0, (4, 7)),), 1.0, 1.0, EASY),
         Stage("joint", 1_280, 16, 2.5e-3, ((0.0, (1, 2)),), 0.5, 0.3, EASY),
@@ -108,6 +126,7 @@ class Batch:
     """Images with their patch targets, and packed questions.
 
     Attributes:
+      pixel_values: one view or two of every scene, the whole first; ``patches`` are of that.
       segment: 0 for what all questions of a sequence share, 1.. for each question, -1 for padding.
       target: the token that each position should predict; ``weight`` is 0 where none is asked for.
       kind: question kind of an answer position (index into QUESTION_KINDS), -1 elsewhere.
@@ -125,34 +144,69 @@ class Batch:
 
 def draw_batch(rng: np.random.Generator, digits: DigitBitmaps, stage: Stage, objects: tuple[int, int]) -> Batch:
     """Draws scenes and packs their questions."""
-    rows = [draw_example(rng, digits, stage, objects) for _ in range(stage.batch)]
+    views = 2 if rng.random() < stage.two_views else 1
+    rows = [draw_example(rng, digits, stage, objects, views) for _ in range(stage.batch)]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
-def draw_example(rng: np.random.Generator, digits: DigitBitmaps, stage: Stage, objects: tuple[int, int]) -> Batch:
+def draw_part(rng: np.random.Generator, scene: Scene) -> tuple[int, int, int]:
+    """Left, top and side in pixels of what a second view shows: mostly the surroundings of an object, at times the
+    whole again, or any place."""
+    side = int(LARGE_SIDE * rng.uniform(0.2, 0.6))
+    kind = rng.random()
+    if kind < 0.15:
+        return 0, 0, LARGE_SIDE
+    if kind < 0.3:
+        centre = rng.uniform(0, LARGE_SIDE, 2)
+    else:
+        item = scene.objects[int(rng.integers(len(scene.objects)))]
+        centre = np.array(item.centre) * LARGE_SIDE + rng.uniform(-0.3, 0.3, 2) * side
+    left, top = np.clip(centre - side / 2, 0, LARGE_SIDE - side).astype(int).tolist()
+    return left, top, side
+
+
+def draw_views(rng: np.random.Generator, scene: Scene, views: int, small: bool) -> list[np.ndarray]:
+    """The scene as the vision tower sees it, and where asked for a part of it: what the processor makes of a crop."""
+    size = CONFIG.vision.image_size
+    if views == 1 and not small:
+        return [render(scene, size)]
+    picture = Image.fromarray(render(scene, LARGE_SIDE))
+    shown = [picture.resize((size, size), Image.Resampling.BICUBIC)]
+    if views == 2:
+        left, top, side = draw_part(rng, scene)
+        part = picture.crop((left, top, left + side, top + side))
+        shown.append(part.resize((size, size), Image.Resampling.BICUBIC))
+    return [np.asarray(view) for view in shown]
+
+
+def draw_example(
+    rng: np.random.Generator, digits: DigitBitmaps, stage: Stage, objects: tuple[int, int], views: int
+) -> Batch:
     """One scene with its questions; the arrays have no batch axis."""
-    scene = sample_scene(rng, digits, objects, augment=True)
-    pixels = render(scene, CONFIG.vision.image_size).astype(np.float32) / 127.5 - 1.0
+    small = bool(rng.random() < stage.small)
+    scene = sample_scene(rng, digits, objects, augment=True, scale=rng.uniform(*stage.sizes) if small else 1.0)
+    pixels = np.stack(draw_views(rng, scene, views, small)).astype(np.float32) / 127.5 - 1.0
     targets = patch_targets(scene, GRID)
-    prefix = [WORDS["<s>"], WORDS["USER:"]] + [WORDS[IMAGE_TOKEN]] * CONFIG.tokens_per_image
+    prefix = [WORDS["<s>"], WORDS["USER:"]] + [WORDS[IMAGE_TOKEN]] * (CONFIG.tokens_per_image * views)
+    length = len(prefix) + ROOM
     ids, segment, position = list(prefix), [0] * len(prefix), list(range(len(prefix)))
     answers: list[tuple[int, int, int]] = []  # (position that predicts, token, kind)
     asked = ask_all(rng, scene, QUESTIONS, stage.weights) if stage.name != "vision" else []
     for number, question in enumerate(asked, start=1):
         words = [WORDS[word] for word in (*question.text.split(), "ASSISTANT:", question.answer)]
-        if len(ids) + len(words) > SEQUENCE:
+        if len(ids) + len(words) > length:
             break
         answers.append((len(ids) + len(words) - 2, words[-1], QUESTION_KINDS.index(question.kind)))
         position += range(len(prefix), len(prefix) + len(words))
         ids += words
         segment += [number] * len(words)
-    padding = SEQUENCE - len(ids)
-    target, weight, kinds = np.zeros(SEQUENCE, np.int32), np.zeros(SEQUENCE, np.float32), np.full(SEQUENCE, -1)
+    padding = length - len(ids)
+    target, weight, kinds = np.zeros(length, np.int32), np.zeros(length, np.float32), np.full(length, -1)
     for at, token, kind in answers:
         target[at], weight[at], kinds[at] = token, 1.0, kind
         target[at + 1], weight[at + 1] = WORDS["</s>"], END_WEIGHT
     return Batch(
-        pixel_values=pixels.transpose(2, 0, 1),
+        pixel_values=pixels.transpose(0, 3, 1, 2),
         input_ids=np.array(ids + [WORDS["<pad>"]] * padding, np.int32),
         segment=np.array(segment + [-1] * padding, np.int32),
         position=np.array(position + [0] * padding, np.int32),
@@ -205,9 +259,10 @@ def patch_loss(heads: dict[str, Any], features: jax.Array, targets: dict[str, ja
 def answer_logits(module: llava.Llava, features: jax.Array, batch: Batch) -> jax.Array:
     """Next-token logits of packed questions, through the library's own decoder."""
     shared_or_same = (batch.segment[:, None, :] == 0) | (batch.segment[:, None, :] == batch.segment[:, :, None])
-    causal = jnp.tril(jnp.ones((SEQUENCE, SEQUENCE), bool))
+    length, views = batch.segment.shape[1], batch.pixel_values.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
     mask = causal & shared_or_same & (batch.segment[:, None, :] >= 0)
-    inputs = Inputs(batch.input_ids, mask[:, None], None, batch.position, None, CONFIG.tokens_per_image)
+    inputs = Inputs(batch.input_ids, mask[:, None], None, batch.position, None, views * CONFIG.tokens_per_image)
     layout = forward.layout_of(inputs, CONFIG.image_token_id)
     counts = np.full(len(features), CONFIG.tokens_per_image)
     embedded = module.decoder.embed(inputs.input_ids)
@@ -219,8 +274,10 @@ def answer_logits(module: llava.Llava, features: jax.Array, batch: Batch) -> jax
 def loss_of(params: dict, graphdef: nnx.GraphDef, stage: Stage, batch: Batch) -> tuple[jax.Array, dict]:
     """Loss of one batch, with running figures."""
     module = forward.merge(graphdef, params["model"])
-    features = module.vision_features(batch.pixel_values)
-    loss, figures = patch_loss(params["heads"], features, batch.patches)
+    scenes, views = batch.pixel_values.shape[:2]
+    features = module.vision_features(batch.pixel_values.reshape(scenes * views, *batch.pixel_values.shape[2:]))
+    whole = features.reshape(scenes, views, *features.shape[1:])[:, 0]
+    loss, figures = patch_loss(params["heads"], whole, batch.patches)
     loss = stage.patch_weight * loss
     if stage.name != "vision":
         logits = answer_logits(module, features, batch)
@@ -245,11 +302,13 @@ def make_optimizer(stage: Stage, steps: int) -> optax.GradientTransformation:
     )
 
 
-def initial_params(seed: int) -> tuple[nnx.GraphDef, dict]:
-    """Random weights of the model and of the auxiliary heads."""
+def initial_params(seed: int, start: Path | None = None) -> tuple[nnx.GraphDef, dict]:
+    """Random weights of the model, or those of a folder, and of the auxiliary heads."""
     build = Builder(jnp.dtype("float32"), jnp.dtype("float32"), nnx.Rngs(seed))
     graphdef, model = forward.split(llava.Llava(CONFIG, build))
     model["decoder"]["embed"]["embedding"] *= 0.02 / jnp.std(model["decoder"]["embed"]["embedding"])
+    if start is not None:
+        model = load(start).params
     width = CONFIG.vision.hidden_size
     heads = {
         name: {"kernel": jnp.zeros((width, classes)), "bias": jnp.zeros(classes)} for name, classes in HEADS.items()
@@ -319,9 +378,12 @@ def summary(name: str, step: int, loss: float, window: list[dict], seconds: floa
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model; a stopped run goes on.")],
-    preset: Annotated[str, typer.Option(help="full or smoke.")] = "full",
+    preset: Annotated[str, typer.Option(help="full, zoom (its last stage alone) or smoke.")] = "full",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 400,
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a model to begin with instead of random weights.")
+    ] = None,
 ) -> None:
     """Trains the embedded model and writes it as a Hugging Face folder to OUT/model."""
     if preset not in PRESETS:
@@ -329,7 +391,7 @@ def train(
     stages = PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    graphdef, params = initial_params(seed)
+    graphdef, params = initial_params(seed, start)
     with ocp.CheckpointManager((out / "checkpoints").absolute(), options=options) as store:
         done = (store.latest_step() or 0) // STEP_STRIDE
         for index in range(min(done, len(stages) - 1), len(stages)):

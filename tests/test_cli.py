@@ -207,6 +207,49 @@ def test_demo_reads_the_embedded_files(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "demo" / "results.parquet").is_file()
 
 
+def demo_of(folder, methods):
+    """A demo folder with the embedded model and other methods."""
+    folder.mkdir()
+    (folder / "model").symlink_to(DEMO / "model")
+    (folder / "methods.toml").write_text(methods)
+    return folder
+
+
+def test_demo_of_methods_prints_and_writes_the_same_numbers(tmp_path, monkeypatch, capsys):
+    methods = '[main]\nbase = "base"\n"the middle" = "centre-crop"\n[candidates]\nall = "contrastive:candidates=all"\n'
+    monkeypatch.setattr(cli, "DEMO", demo_of(tmp_path / "demo", methods))
+    log = tmp_path / "log"
+    assert run(monkeypatch, "demo", "--methods", "--limit", 34, "--seed", 3, "--logdir", log) == 0
+    printed = capsys.readouterr().out
+    for words in ("34 questions about 5 scenes", "95% interval", "above_below", "Pointing game", "Nothing was tuned"):
+        assert words in printed
+    rows = pq.read_table(log / "results.parquet").to_pylist()
+    accuracy = {row["method"]: row["value"] for row in rows if (row["metric"], row["category"]) == ("accuracy", "all")}
+    assert list(accuracy) == ["base", "the middle", "all"]
+    lines = [line.split() for line in printed.splitlines()]
+    for label, value in accuracy.items():
+        words = label.split()
+        assert any(line[: len(words) + 1] == [*words, f"{100 * value:.1f}"] for line in lines), label
+    asked = pq.read_table(log / "questions.parquet").to_pylist()
+    assert len(asked) == 3 * 34 and {row["question_id"].split("-")[1] for row in asked} == {"3"}
+    assert json.loads((log / "results.json").read_text())["results"] == rows
+    assert len([tag for tag in events(log / "summary").Tags()["images"] if tag.startswith("looked_at/")]) == 9
+
+
+@pytest.mark.slow
+def test_demo_of_methods_as_shipped(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "demo", "--methods", "--limit", 8, "--logdir", tmp_path / "log") == 0
+    printed = capsys.readouterr().out
+    for words in ("contrastive paper", "vicrop pure-grad", "carve", "opera", "i* fusion", "chance: random patch"):
+        assert words in printed
+
+
+def test_the_seed_of_the_held_out_scenes_cannot_be_chosen(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "demo", "--seed", 3, "--logdir", tmp_path / "log") == 2
+    assert "--seed draws the scenes of --methods" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_fast_way_the_plain_way_and_a_second_run_from_the_cache_write_the_same_numbers(
     monkeypatch, tmp_path, capsys

@@ -5,12 +5,19 @@ The paper leaves the cut-offs open, so these rules are ours, and their cut-offs 
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
 from jaxmllm.errors import InputError
 
 FUSION_SHARE = 0.10
+# The file in a sweep's folder that names the fusion layers.
+FUSION_FILE = "fusion.json"
 REVIEW_FROM = 0.75
 REVIEW_DROP = 0.01
 
@@ -62,3 +69,39 @@ def review_layer(
         return None
     layer = first + int(np.argmax(drops[first:]))
     return layer if drops[layer] >= drop and drops[layer] > drops[layer - 1] else None
+
+
+def fusion_record(erased: Float[np.ndarray, " L"], clean: float, share: float = FUSION_SHARE) -> dict[str, Any]:
+    """The fusion layers with the rule that found them and what it was applied to, for ``fusion.json``."""
+    return {
+        "layers": fusion_layers(erased, clean, share),
+        "num_layers": len(erased),
+        "rule": "layer i counts where score[i + 1] - score[i] >= share * (clean - score[0]); score[i] is the accuracy "
+        "with the image erased at the input of layer i, score[L] the clean one",
+        "share": share,
+        "erased": [float(score) for score in erased],
+        "clean": float(clean),
+    }
+
+
+def read_fusion_layers(source: str | Path) -> tuple[int, ...]:
+    """Fusion layers by hand (``2+4+8`` or ``2,4,8``), or of a file that ``jaxmllm sweep`` wrote (or its folder).
+
+    Raises:
+      InputError: neither; or the file names no layers.
+    """
+    if isinstance(source, str) and re.fullmatch(r"[0-9]+([+,][0-9]+)*", source):
+        return tuple(int(layer) for layer in re.split(r"[+,]", source))
+    path = Path(source)
+    path = path / FUSION_FILE if path.is_dir() else path
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{source}: no fusion layers ({error}); expected layers as in 2+4+8, or {FUSION_FILE} of a sweep's folder"
+        ) from error
+    if not isinstance(layers, list) or not layers or any(type(layer) is not int or layer < 0 for layer in layers):
+        raise InputError(
+            f"{path}: layers is {layers!r}; expected at least one whole number. Is the sweep's curve flat?"
+        )
+    return tuple(layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +28,8 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 def default_logdir(request: Request) -> Path:
     """Where a run goes whose folder is not named; the same command finds it again."""
-    parts = [Path(request.model).resolve().name, request.benchmark, request.split, request.edits]
-    return Path("runs") / "-".join(["evaluate", *(part.replace(":", "_") for part in parts if part)])
+    parts = [Path(request.model).resolve().name, request.benchmark, request.split, request.edits, request.method]
+    return Path("runs") / "-".join(["evaluate", *(re.sub(r"[^\w.+-]", "_", part) for part in parts if part)])
 
 
 def evaluate_and_report(

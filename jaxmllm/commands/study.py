@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxmllm.analysis import study as studies
 from jaxmllm.analysis.curves import Curves
+from jaxmllm.analysis.fusion import FUSION_FILE, fusion_record
 from jaxmllm.analysis.generated import Judge
 from jaxmllm.analysis.study import PointingTable, Study
 from jaxmllm.data.benchmarks.base import Skipped
@@ -20,6 +21,7 @@ from jaxmllm.data.parquet import write_parquet
 from jaxmllm.data.questions import Question, read_questions
 from jaxmllm.evaluation.masking import questions_of
 from jaxmllm.evaluation.request import Request, open_benchmark
+from jaxmllm.evaluation.settings import write_json
 from jaxmllm.model import Model, load
 from jaxmllm.report import run_folder, tables, tensorboard
 
@@ -136,6 +138,9 @@ def _study(model: str | Path, logdir: Path, options: Options, ask: Ask) -> None:
             )
         write_parquet(tables.tidy_rows(results, pointing), folder / "results.parquet")
         write_parquet(tables.question_rows(results), folder / "questions.parquet")
+        if curves.fusion is not None:
+            found = fusion_record(curves.accuracy["erase"], curves.clean_accuracy)
+            write_json(folder / FUSION_FILE, found | {"model": str(model), "questions": len(asked)})
         if results.generated is not None:
             write_parquet(tables.answer_rows(results), folder / "answers.parquet")
     print_study(console, results, curves, pointing)
@@ -167,7 +172,10 @@ def print_study(console: Console, results: Study, curves: Curves, pointing: Poin
             tables.rich_table(tables.pointing_rows(pointing), f"Pointing game, {pointing.questions} questions")
         )
     if curves.fusion is not None:
-        console.print(f"fusion layers (at least 10% of the rise of the erase curve): {curves.fusion or 'none'}")
+        console.print(
+            f"fusion layers (at least 10% of the rise of the erase curve): {curves.fusion or 'none'}; "
+            f"{FUSION_FILE} holds them for `jaxmllm evaluate --method contrastive --fusion-layers`"
+        )
     if curves.review is not None or "blind" in curves.accuracy:
         named = "none" if curves.review is None else str(curves.review)
         console.print(f"review layer (blinding a late layer costs 1 point or more, and more than before): {named}")

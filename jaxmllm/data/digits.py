@@ -1,8 +1,12 @@
-"""Handwritten digits to draw in scenes: scikit-learn's bundled ones, split into training and test samples."""
+"""Handwritten digits to draw in scenes: scikit-learn's bundled ones, split into training and test samples.
+
+The test samples also come with the package, so that scenes with digits no model was trained on need no scikit-learn.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +14,10 @@ from numpy.typing import NDArray
 from jaxmllm.errors import InputError
 
 BITMAP_SIDE = 8
+INK = 16  # the most that a pixel of the original bitmaps has
+# The samples of load_digit_bitmaps("test"), in their order; scripts/make_demo_digits.py writes the file.
+HELD_OUT = Path(__file__).parent.parent / "demo" / "digits.npz"
+HALVES = ("validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,4 +62,18 @@ def load_digit_bitmaps(split: str) -> DigitBitmaps:
         cut = round(0.8 * len(members))
         chosen.append(members[:cut] if split == "train" else members[cut:])
     indices = np.sort(np.concatenate(chosen))
-    return DigitBitmaps((images[indices] / 16.0).astype(np.float32), labels[indices].astype(np.int64))
+    return DigitBitmaps((images[indices] / INK).astype(np.float32), labels[indices].astype(np.int64))
+
+
+def held_out_digits(half: str) -> DigitBitmaps:
+    """Half of the samples that are never trained on: "validation" to choose by, "test" to report on.
+
+    Every second sample of each class, so that the halves share none. Raises InputError for another half.
+    """
+    if half not in HALVES:
+        raise InputError(f"half must be 'validation' or 'test', got {half!r}")
+    with np.load(HELD_OUT) as stored:
+        images, labels = stored["images"], stored["labels"]
+    first = HALVES.index(half)
+    indices = np.sort(np.concatenate([np.flatnonzero(labels == digit)[first::2] for digit in range(10)]))
+    return DigitBitmaps((images[indices] / INK).astype(np.float32), labels[indices].astype(np.int64))

@@ -58,12 +58,14 @@ class Batch:
       ready: the questions, fewer than the batch's rows where the source ends or where some are broken.
       broken: those that cannot be asked.
       inputs: arrays of all rows; rows past the questions repeat the first. ``None`` where there is no question.
+      pictures: upright RGB, of all rows likewise.
       row_numbers: for each of the B rows, its question's place in the source.
     """
 
     ready: tuple[Ready, ...]
     broken: tuple[Broken, ...]
     inputs: Mapping[str, np.ndarray] | None
+    pictures: tuple[Image.Image, ...]
     row_numbers: tuple[int, ...]
 
 
@@ -129,7 +131,8 @@ def _load(
                     raise  # each alone is fine
     ready = tuple(entry[0] for entry in opened if isinstance(entry, tuple))
     broken = tuple(entry for entry in opened if isinstance(entry, Broken))
-    return Batch(ready, broken, inputs, tuple(one.index for one in _filled(ready, rows)))
+    pictures = tuple(image for _, image in filled([entry for entry in opened if isinstance(entry, tuple)], rows))
+    return Batch(ready, broken, inputs, pictures, tuple(one.index for one in filled(ready, rows)))
 
 
 def _open(index: int, example: Example, prompt: Callable[[Example], str]) -> tuple[Ready, Image.Image] | Broken:
@@ -151,10 +154,10 @@ def _tried(entry: tuple[Ready, Image.Image] | Broken, prepare: Prepare) -> tuple
 
 
 def _prepare(pairs: Sequence[tuple[Ready, Image.Image]], prepare: Prepare, rows: int) -> Mapping[str, np.ndarray]:
-    filled = _filled(pairs, rows)
-    return prepare([image for _, image in filled], [one.prompt for one, _ in filled])
+    whole = filled(pairs, rows)
+    return prepare([image for _, image in whole], [one.prompt for one, _ in whole])
 
 
-def _filled(entries: Sequence[Any], rows: int) -> list[Any]:
+def filled(entries: Sequence[Any], rows: int) -> list[Any]:
     """Entries followed by as many copies of the first as are missing to ``rows``; nothing stays nothing."""
     return [*entries, *[entries[0]] * (rows - len(entries))] if entries else []

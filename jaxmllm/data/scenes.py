@@ -112,13 +112,20 @@ def scale_box(box: Box, size: int) -> Box:
 
 
 def sample_scene(
-    rng: np.random.Generator, digits: DigitBitmaps, objects: tuple[int, int] = (2, 5), augment: bool = False
+    rng: np.random.Generator,
+    digits: DigitBitmaps,
+    objects: tuple[int, int] = (2, 5),
+    augment: bool = False,
+    scale: float = 1.0,
 ) -> Scene:
     """Draw a scene with between objects[0] and objects[1] objects, both inclusive, at most `MAX_OBJECTS`.
 
     With `augment` the digits are rotated, sheared and written bolder or finer at random, as a guard against learning
-    the few bitmaps by heart. Raises InputError for an impossible range.
+    the few bitmaps by heart. `scale` makes all objects smaller, as a share of their usual size. Raises InputError for
+    an impossible range, or a scale that is not above 0 and at most 1.
     """
+    if not 0 < scale <= 1:
+        raise InputError(f"scale must be above 0 and at most 1, got {scale}")
     fewest, most = objects
     if not 1 <= fewest <= most <= MAX_OBJECTS:
         raise InputError(f"objects must satisfy 1 <= fewest <= most <= {MAX_OBJECTS}, got {objects}")
@@ -138,7 +145,7 @@ def sample_scene(
             kinds.append(SHAPES[int(rng.integers(len(SHAPES)))])
             glyphs.append(None)
     smallest = np.array([_SMALLEST_SIDE if glyph is None else _SMALLEST_DIGIT_SIDE for glyph in glyphs])
-    boxes = _place(rng, extents, smallest)
+    boxes = _place(rng, extents, scale * smallest, scale * _LARGEST_SIDE)
     made = []
     for kind, drawn, box in zip(kinds, glyphs, boxes, strict=True):
         colour = COLOUR_NAMES[int(rng.integers(len(COLOUR_NAMES)))]
@@ -151,10 +158,10 @@ def sample_scene(
     return Scene(tuple(made), (red, green, blue), int(rng.integers(2**31)))
 
 
-def _place(rng: np.random.Generator, extents: _Reals, smallest: _Reals) -> list[Box]:
+def _place(rng: np.random.Generator, extents: _Reals, smallest: _Reals, largest: float) -> list[Box]:
     """Boxes of random size and place, a gap apart; `extents` [n, 2] is width and height per unit of the longer side."""
     count = len(extents)
-    sides = rng.uniform(smallest, _LARGEST_SIDE)
+    sides = rng.uniform(smallest, largest)
     while True:
         sizes = extents * sides[:, None]
         placed = np.empty((count, 4))

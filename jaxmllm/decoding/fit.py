@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxmllm.decoding.generate import room_for, row_keys, run_prompts, run_tokens
+from jaxmllm.decoding.generate import ending_of, room_for, row_keys, run_prompts, run_tokens
 from jaxmllm.decoding.rules import OneByOne
 from jaxmllm.decoding.sampling import Sampling
 from jaxmllm.errors import InputError
@@ -70,7 +70,6 @@ def bytes_needed(
     prompts = run_prompts.lower(model.graphdef, model.params, checked, edits, Capture(), room)
     shapes, cache = prompts.out_info
     keys = row_keys(len(checked.input_ids), sampling, key, None)
-    stop = np.array(model.endings.stop_tokens, np.int32)
     tokens = run_tokens.lower(
         model.graphdef,
         model.params,
@@ -79,7 +78,7 @@ def bytes_needed(
         edits,
         OneByOne(sampling),
         keys,
-        (stop, np.int32(model.endings.pad_token)),
+        ending_of(model),
         np.int32(max_new_tokens),
         room,
     )

@@ -24,7 +24,6 @@ from jaxmllm.models.images import bucket_of
 from jaxmllm.models.inputs import Inputs
 from jaxmllm.models.layers import Leaf
 from jaxmllm.models.layout import Layout
-from jaxmllm.processing import ImageLike
 
 MAX_NEW_TOKENS = 64
 # Slots for generated tokens are a multiple of one of these, so that unlike limits share programs.
@@ -221,7 +220,6 @@ def generate(
     if edits is not None:
         edits.check(model.num_layers)
     params = model.params if params is None else params
-    stop = model.endings.stop_tokens if stop_tokens is None else tuple(stop_tokens)
     room = room_for(max_new_tokens)
     prompts, cache = run_prompts(model.graphdef, params, checked, edits, capture or Capture(), room)
     done = run_tokens(
@@ -232,7 +230,7 @@ def generate(
         edits,
         OneByOne(sampling),
         row_keys(batch, sampling, key, row_numbers),
-        (np.array(stop, np.int32), np.int32(model.endings.pad_token)),
+        ending_of(model, stop_tokens),
         np.int32(max_new_tokens),
         room,
     )
@@ -252,6 +250,12 @@ def generated(model: Any, done: Decoded, captured: dict[str, Array]) -> Generate
         captured=captured,
         recorded={name: values[:width] for name, values in done.recorded.items()},
     )
+
+
+def ending_of(model: Any, stop_tokens: Sequence[int] | None = None) -> tuple[np.ndarray, np.int32]:
+    """The tokens that end an answer, by default the checkpoint's, and the one behind its end."""
+    stop = model.endings.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+    return np.array(stop, np.int32), np.int32(model.endings.pad_token)
 
 
 def room_for(max_new_tokens: int) -> int:
@@ -285,20 +289,3 @@ def read_texts(model: Any, answers: Sequence[Sequence[int]]) -> tuple[str, ...] 
     except ProcessorError:
         return None
     return tuple(tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers)
-
-
-def answer(
-    model: Any, images: Sequence[ImageLike | Sequence[ImageLike]], questions: Sequence[str], **options: Any
-) -> list[str]:
-    """Answers questions about images.
-
-    Args:
-      model: a loaded model.
-      images: for each question one image, or a list of them.
-      questions: plain questions, or whole prompts that hold the image placeholder.
-      options: as for ``generate``.
-
-    Raises:
-      ProcessorError, InputError: as ``model.prepare`` and ``generate``.
-    """
-    return list(generate(model, model.prepare(images, questions), **options).texts or ())

@@ -192,9 +192,7 @@ class OneByOne:
                 stopped=state.stopped | ending.stops(token),
                 cache=cache,
                 passes=state.passes + self.rows,
-                recorded={
-                    name: values.at[state.steps].set(captured[name]) for name, values in state.recorded.items()
-                },
+                recorded={name: values.at[state.steps].set(captured[name]) for name, values in state.recorded.items()},
             )
 
         def unfinished(state: tuple[Decoded, Array]) -> Array:

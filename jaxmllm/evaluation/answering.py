@@ -15,13 +15,16 @@ import numpy as np
 
 from jaxmllm.analysis.edit_specs import parse_edits
 from jaxmllm.data.benchmarks.base import Benchmark, Example, Row, Source, judged_row
-from jaxmllm.data.pipeline import Ready, batches
+from jaxmllm.data.pipeline import Ready, batches, filled
 from jaxmllm.data.prompts import fill_prompt
-from jaxmllm.decoding import Generated, batch_that_fits, generate
+from jaxmllm.decoding import batch_that_fits
 from jaxmllm.decoding.fit import MOST_ROWS
 from jaxmllm.errors import InputError, ProcessorError
 from jaxmllm.evaluation.request import Opened
 from jaxmllm.evaluation.run import Run
+from jaxmllm.methods import Method, parse_method
+from jaxmllm.methods.answering import Answered, answer_by
+from jaxmllm.methods.first import AskIn
 from jaxmllm.model import Model
 from jaxmllm.processing import ImageLike, image_size, prepare
 
@@ -73,6 +76,7 @@ def answer_questions(
     def prepared(images: Sequence[ImageLike], texts: Sequence[str]) -> Mapping[str, np.ndarray]:
         return prepare(processor, images, texts)
 
+    method = Method() if settings.method is None else parse_method(settings.method)
     how: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
         "sampling": settings.sampling(),
@@ -82,7 +86,7 @@ def answer_questions(
         batch_size = min(MOST_ROWS, len(source))
         one = heaviest_inputs(source, prompt, prepared)
         if one is not None:
-            batch_size = batch_that_fits(model, one, most=batch_size, budget=budget, **how)
+            batch_size = max(1, batch_that_fits(model, one, most=batch_size, budget=budget, **how) // method.weight)
     key = None if settings.seed is None else jax.random.key(settings.seed)
     iterator = iter(batches(source, prompt, prepared, min(batch_size, len(source)), run.done()))
     marks = [(time.monotonic(), 0)]
@@ -93,12 +97,33 @@ def answer_questions(
             run.skip(batch.broken)
             new = []
             if batch.inputs is not None:
-                generated = generate(model, batch.inputs, key=key, row_numbers=batch.row_numbers, **how)
-                rows = [row_of(opened.benchmark, one, generated, place) for place, one in enumerate(batch.ready)]
+                rows_asked = filled(batch.ready, len(batch.row_numbers))
+                answered = answer_by(
+                    model,
+                    batch.inputs,
+                    [[picture] for picture in batch.pictures],
+                    [one.prompt for one in rows_asked],
+                    method,
+                    ask_in=_asking(prompt, rows_asked),
+                    evidence=[one.example.boxes for one in rows_asked],
+                    key=key,
+                    row_numbers=batch.row_numbers,
+                    **how,
+                )
+                rows = [row_of(opened.benchmark, one, answered, place) for place, one in enumerate(batch.ready)]
                 new = [row for row in rows if row["index"] not in run.results.present]
                 run.results.append(new)
             marks.append((time.monotonic(), marks[-1][1] + len(new)))
             on_progress(Progress(run.count(), len(source), _speed(marks)))
+
+
+def _asking(prompt: Callable[[Example], str], rows: Sequence[Ready]) -> AskIn:
+    """Makes the prompt of another question about an example of a batch, all else being as in its own."""
+
+    def ask(question: str, row: int) -> str:
+        return prompt(dataclasses.replace(rows[row].example, text=question))
+
+    return ask
 
 
 def _speed(marks: Sequence[tuple[float, int]]) -> float:
@@ -107,17 +132,17 @@ def _speed(marks: Sequence[tuple[float, int]]) -> float:
     return (answered - before) / max(now - began, 1e-9)
 
 
-def row_of(benchmark: Benchmark, asked: Ready, generated: Generated, place: int) -> Row:
+def row_of(benchmark: Benchmark, asked: Ready, answered: Answered, place: int) -> Row:
     """One line of results.
 
     Args:
       asked: the question.
-      generated: of its batch, in which it has ``place``.
+      answered: its batch, in which it has ``place``.
 
     Raises:
       InputError: the model's probabilities are not numbers.
     """
-    example = asked.example
+    example, generated = asked.example, answered.generated
     log_probability = math.fsum(generated.log_probabilities[place].tolist())
     if not math.isfinite(log_probability):
         raise InputError(
@@ -125,11 +150,12 @@ def row_of(benchmark: Benchmark, asked: Ready, generated: Generated, place: int)
             "(bfloat16 and float32 reach further than float16), or its weights may be broken"
         )
     prediction = (generated.texts or ())[place]
-    return judged_row(benchmark, asked.index, example, asked.prompt, prediction) | {
+    row = judged_row(benchmark, asked.index, example, asked.prompt, prediction) | {
         "log_probability": log_probability,
         "tokens": int(generated.lengths[place]),
         "stopped": bool(generated.stopped[place]),
     }
+    return row if answered.boxes is None else row | {"crop": list(answered.boxes[place])}
 
 
 def heaviest_inputs(

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxmllm.analysis.edit_specs import normal_spec, parse_edits
+from jaxmllm.analysis.fusion import read_fusion_layers
 from jaxmllm.convert import checkpoint
 from jaxmllm.data.benchmarks import benchmark_named
 from jaxmllm.data.benchmarks.base import Benchmark, Source
@@ -13,6 +14,7 @@ from jaxmllm.data.prompts import prompt_template
 from jaxmllm.decoding import Sampling
 from jaxmllm.errors import InputError
 from jaxmllm.evaluation.settings import Settings, data_fingerprint, model_fingerprint
+from jaxmllm.methods import Method, parse_method, spell
 from jaxmllm.model import DTYPES, find_checkpoint
 from jaxmllm.models.registry import family_of
 
@@ -31,6 +33,8 @@ class Request:
       prompt: a template, or a file of templates, instead of the benchmark's own (see ``jaxmllm.data.prompts``).
       conversation: name of a conversation to wrap it in, instead of the checkpoint's chat template.
       edits: interventions in words, as ``jaxmllm.analysis.edit_specs`` has them.
+      method: how questions are answered, in words as ``jaxmllm.methods.parse_method`` reads them; ``None`` for plainly.
+      fusion_layers: for methods that use them, by hand as ``2+4+8`` or a file that ``jaxmllm sweep`` wrote.
       sampling: how tokens are drawn; ``None`` for greedy answers. ``seed`` decides what is drawn.
       max_new_tokens: tokens an answer may have; ``None`` for the benchmark's own number.
       dtype: what the model computes in.
@@ -45,6 +49,8 @@ class Request:
     prompt: str | Path | None = None
     conversation: str | None = None
     edits: str | None = None
+    method: str | None = None
+    fusion_layers: str | Path | None = None
     sampling: Sampling | None = None
     seed: int = 0
     max_new_tokens: int | None = None
@@ -58,6 +64,24 @@ class Opened:
     benchmark: Benchmark
     source: Source
     settings: Settings
+
+
+def _method(request: Request, num_layers: int) -> str | None:
+    """The method in its one spelling, its fusion layers filled in; what does not fit the model is found here.
+
+    Raises:
+      InputError: no such method or option, or layers that the model does not have.
+    """
+    if request.method is None:
+        if request.fusion_layers is not None:
+            raise InputError("fusion layers are given without a method that would use them (--method contrastive)")
+        return None
+    layers = None if request.fusion_layers is None else read_fusion_layers(request.fusion_layers)
+    method = parse_method(request.method, layers)
+    method.edits(num_layers)
+    method.reader(num_layers)
+    method.rule(num_layers, request.sampling)
+    return None if method == Method() else spell(method)
 
 
 def open_benchmark(request: Request) -> Opened:
@@ -78,8 +102,10 @@ def open_benchmark(request: Request) -> Opened:
     folder = find_checkpoint(request.model)
     fields = checkpoint.read_json(folder / "config.json")
     family = family_of(fields)
+    num_layers = family.read_config(fields).text.num_layers
     if edits is not None:
-        parse_edits(edits).check(family.read_config(fields).text.num_layers)
+        parse_edits(edits).check(num_layers)
+    method = _method(request, num_layers)
     template = prompt_template(benchmark.name, fields["model_type"], request.prompt, request.conversation)
     source = benchmark.open(request.data, split=request.split, limit=request.limit, skip_bad=request.skip_bad)
     sampling = request.sampling
@@ -100,5 +126,6 @@ def open_benchmark(request: Request) -> Opened:
         dtype=request.dtype,
         max_new_tokens=max_new_tokens,
         limit=request.limit,
+        method=method,
     )
     return Opened(benchmark, source, settings)

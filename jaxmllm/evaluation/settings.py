@@ -33,6 +33,7 @@ class Settings:
       benchmark, split: what is asked; ``data`` the folder, ``files`` the fingerprint of the files that list questions.
       prompt: the filled-in form that questions take.
       edits: as ``jaxmllm.analysis.edit_specs`` has them; ``None`` for the clean model.
+      method: as ``jaxmllm.methods.spell`` has it; ``None`` for plain answers.
       temperature, top_k, top_p, seed: of sampling; all ``None`` for greedy answers.
       dtype: what the model computes in.
       max_new_tokens: tokens an answer may have.
@@ -55,6 +56,7 @@ class Settings:
     dtype: str
     max_new_tokens: int
     limit: int | None
+    method: str | None = None
 
     def sampling(self) -> Sampling | None:
         """How tokens are drawn; ``None`` where answers are greedy."""

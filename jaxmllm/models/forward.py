@@ -61,13 +61,14 @@ def layout_of(inputs: Inputs, image_token_id: int) -> Layout:
     )
 
 
-def embed(module: Any, inputs: Inputs) -> Float[Array, "B S D"]:
-    """Token embeddings with the image features in place: what enters decoder layer 0."""
+def embed(module: Any, inputs: Inputs, **nudges: Array) -> Float[Array, "B S D"]:
+    """Token embeddings with the image features in place: what enters decoder layer 0; ``nudges`` are for the encoder
+    of images."""
     embedded = module.decoder.embed(inputs.input_ids)
     if inputs.images is None:
         return embedded
     placeholders = inputs.input_ids == module.config.image_token_id
-    features = module.encode_images(inputs.images.arrays)
+    features = module.encode_images(inputs.images.arrays, **nudges)
     return place_images(embedded, features, placeholders, inputs.images.counts)
 
 
@@ -101,10 +102,12 @@ def forward_at(
     return run(merge(graphdef, params), inputs, edits, capture, logits_at)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
-def looks(graphdef: nnx.GraphDef, params: Params, arrays: dict[str, Array]) -> Float[Array, "I N P"]:
+@functools.partial(jax.jit, static_argnames=("graphdef", "nth"))
+def looks(
+    graphdef: nnx.GraphDef, params: Params, arrays: dict[str, Array], nth: int | None = None
+) -> Float[Array, "I N P"]:
     """Compiled ``looks`` of a family that has it: how much each image token looked at each patch."""
-    return merge(graphdef, params).looks(arrays)
+    return merge(graphdef, params).looks(arrays, nth)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

@@ -124,7 +124,7 @@ def read_square_pixels(inputs: Mapping[str, Any], shape: tuple[int, int, int]) -
     return pixels if pixels is not None and pixels.shape[0] else None
 
 
-def pad_rows(rows: Sequence[np.ndarray], length: int, fill: float = 0) -> np.ndarray:
+def pad_rows(rows: Sequence[np.ndarray], length: int, fill: float | int = 0) -> np.ndarray:
     """Arrays of unlike length as one, each filled up to ``length``."""
     out = np.full((len(rows), length, *rows[0].shape[1:]), fill, rows[0].dtype)
     for number, row in enumerate(rows):

@@ -30,6 +30,7 @@ from jaxmllm.models.qformer import QFormer, QFormerConfig, read_qformer
 from jaxmllm.models.text_config import DecoderConfig, read_text
 
 IMAGE_INPUTS = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
+READS_QUESTION = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +195,25 @@ class InstructBlip(nnx.Module):
         self.projection = build.linear(config.qformer.hidden_size, config.text.hidden_size)
         self.decoder = Decoder(config.text, build)
 
-    def encode_images(self, arrays: dict[str, Array]) -> Float[Array, "I N D"]:
-        """Image tokens as the decoder receives them, one a query token."""
+    def encode_images(
+        self, arrays: dict[str, Array], nudge: Float[Array, "C I H N T"] | None = None
+    ) -> Float[Array, "I N D"]:
+        """Image tokens as the decoder receives them, one a query token; ``nudge`` as ``QFormer`` takes it."""
         states = self.vision(arrays["pixel_values"])
-        queries = self.qformer(states, arrays["qformer_input_ids"], arrays["qformer_attention_mask"])
+        queries = self.qformer(states, arrays["qformer_input_ids"], arrays["qformer_attention_mask"], nudge)
         return self.projection(queries)
 
-    def looks(self, arrays: dict[str, Array]) -> Float[Array, "I N P"]:
-        """How much each query token looked at each patch; what is missing to 1 went to the class token."""
+    def looks(self, arrays: dict[str, Array], nth: int | None = None) -> Float[Array, "I N P"]:
+        """How much each query token looked at each patch; what is missing to 1 went to the class token.
+
+        Args:
+          arrays: of the images.
+          nth: one of the cross-attentions, counted from the first; by default their mean.
+        """
+        weights = self.cross_weights(arrays)[..., 1:]
+        return weights.mean(axis=(0, 2)) if nth is None else weights[nth].mean(axis=1)
+
+    def cross_weights(self, arrays: dict[str, Array]) -> Float[Array, "C I H N T"]:
+        """Weights of every cross-attention; the first of T is the class token."""
         states = self.vision(arrays["pixel_values"])
-        return self.qformer.looks(states, arrays["qformer_input_ids"], arrays["qformer_attention_mask"])[..., 1:]
+        return self.qformer.cross_weights(states, arrays["qformer_input_ids"], arrays["qformer_attention_mask"])

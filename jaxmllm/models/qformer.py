@@ -101,10 +101,15 @@ class QFormerAttention(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(
-        self, hidden: Float[Array, "I S D"], source: Float[Array, "I T F"], bias: Float[Array, "I 1 T"] | None = None
+        self,
+        hidden: Float[Array, "I S D"],
+        source: Float[Array, "I T F"],
+        bias: Float[Array, "I 1 T"] | None = None,
+        nudge: Float[Array, "I H S T"] | float = 0.0,
     ) -> Float[Array, "I S D"]:
+        """``nudge`` is added to the weights, to be differentiated by."""
         value = self._heads(self.value(source))
-        weights = self.weights(hidden, source, bias).astype(value.dtype)
+        weights = (self.weights(hidden, source, bias) + nudge).astype(value.dtype)
         mixed = jnp.einsum("ihst,ithe->ishe", weights, value)
         return self.norm(self.out(mixed.reshape(hidden.shape)) + hidden)
 
@@ -183,7 +188,11 @@ class QFormer(nnx.Module):
         return jnp.where(blocked, BLOCKED, 0.0).astype(jnp.float32)[:, None]
 
     def __call__(
-        self, source: Float[Array, "I T F"], input_ids: Int[Array, "I Q"], attention_mask: Bool[Array, "I Q"]
+        self,
+        source: Float[Array, "I T F"],
+        input_ids: Int[Array, "I Q"],
+        attention_mask: Bool[Array, "I Q"],
+        nudge: Float[Array, "C I H N T"] | None = None,
     ) -> Float[Array, "I N D"]:
         """The query tokens after the last layer.
 
@@ -191,24 +200,24 @@ class QFormer(nnx.Module):
           source: hidden states of the vision tower, the class token included.
           input_ids: the instruction in the Q-Former's own vocabulary.
           attention_mask: false at padding.
+          nudge: what is added to the weights of each cross-attention, to be differentiated by.
         """
-        return self._run(source, input_ids, attention_mask)[0]
+        return self._run(source, input_ids, attention_mask, nudge)[0]
 
-    def looks(
+    def cross_weights(
         self, source: Float[Array, "I T F"], input_ids: Int[Array, "I Q"], attention_mask: Bool[Array, "I Q"]
-    ) -> Float[Array, "I N T"]:
-        """How much each query token looked at each hidden state: cross-attention weights, averaged over the heads and
-        the layers that have any. Rows sum to 1."""
+    ) -> Float[Array, "C I H N T"]:
+        """Cross-attention weights of the query tokens, in every layer that has any; rows sum to 1."""
         _, asking = self._run(source, input_ids, attention_mask)
         graphdef, params = nnx.split(self.cross)
 
         def weights(params: Any, queries: Array) -> Array:
             return nnx.merge(graphdef, params).weights(queries, source)
 
-        return jax.vmap(weights)(params, asking[:: self.config.cross_attention_frequency]).mean(axis=(0, 2))
+        return jax.vmap(weights)(params, asking[:: self.config.cross_attention_frequency])
 
     def _run(
-        self, source: Array, input_ids: Array, attention_mask: Array
+        self, source: Array, input_ids: Array, attention_mask: Array, nudge: Array | None = None
     ) -> tuple[Float[Array, "I N D"], Float[Array, "L I N D"]]:
         """The query tokens after the last layer, and in every layer as they enter the place of cross-attention."""
         bias, every = self.bias(attention_mask), self.config.cross_attention_frequency
@@ -221,7 +230,8 @@ class QFormer(nnx.Module):
 
             def attend(queries: Array) -> Array:
                 here = jax.tree.map(lambda leaf: leaf[number // every], cross)
-                return nnx.merge(cross_def, here)(queries, source)
+                added = 0.0 if nudge is None else nudge[number // every]
+                return nnx.merge(cross_def, here)(queries, source, nudge=added)
 
             def look(queries: Array) -> Array:
                 asking.append(queries)

@@ -27,6 +27,7 @@ from jaxmllm.models.text_config import DecoderConfig, read_text
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw")
 TOKENS_VARY = True
+PIXELS = "patches"
 
 # The ids of special tokens; files of transformers 4.5x repeat them in the text config, where nothing reads them.
 SPECIAL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")

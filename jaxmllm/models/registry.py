@@ -34,6 +34,8 @@ class Family:
       patch_boxes: as ``token_boxes``, of the patches that image tokens look at by cross-attention; ``None`` where there
         is none. Such a family's module has ``looks(arrays)``, how much each image token looked at each patch
         ``[I, N, P]``.
+      reads_question: whether image tokens depend on the text of the prompt (``READS_QUESTION``).
+      pixels: name of the array of ``Images`` that holds normalised pixels (``PIXELS``).
     """
 
     read_config: Callable[[Mapping[str, Any]], Any]
@@ -44,6 +46,8 @@ class Family:
     tokens_vary: bool = False
     positions: Callable[[Any, np.ndarray, np.ndarray, Images], np.ndarray] | None = None
     patch_boxes: Callable[[Any, Any, tuple[int, int]], TokenBoxes] | None = None
+    reads_question: bool = False
+    pixels: str = "pixel_values"
 
 
 def _family(file: ModuleType, module: Callable[[Any, Builder], nnx.Module]) -> Family:
@@ -56,6 +60,8 @@ def _family(file: ModuleType, module: Callable[[Any, Builder], nnx.Module]) -> F
         tokens_vary=getattr(file, "TOKENS_VARY", False),
         positions=getattr(file, "positions", None),
         patch_boxes=getattr(file, "patch_boxes", None),
+        reads_question=getattr(file, "READS_QUESTION", False),
+        pixels=getattr(file, "PIXELS", "pixel_values"),
     )
 
 

@@ -126,10 +126,15 @@ def prompt_lengths(processor: Any, questions: Sequence[str]) -> list[tuple[int, 
     """
     prompts = [make_prompt(processor, question, 1) for question in questions]
     placeholder = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    # where image tokens stand elsewhere than the prompt has them, the processor says so
-    encode = getattr(processor, "encode_prompts", lambda prompts: processor.tokenizer(prompts)["input_ids"])
     lengths = []
-    for ids in encode(prompts):
+    for ids in encode_prompts(processor, prompts):
         where = [place for place, token in enumerate(ids) if token == placeholder]
         lengths.append((where[0], len(ids) - 1 - where[-1]))
     return lengths
+
+
+def encode_prompts(processor: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of whole prompts, with one placeholder an image, in the places where the image tokens stand."""
+    # where image tokens stand elsewhere than the prompt has them, the processor says so
+    encode = getattr(processor, "encode_prompts", lambda prompts: processor.tokenizer(prompts)["input_ids"])
+    return encode(list(prompts))
