@@ -1,18 +1,19 @@
 """Times every method of answering against plain answering, on one random LLaVA.
 
-    python scripts/bench_methods.py --quick                                             # 12 layers of width 512
-    python scripts/bench_methods.py                                                     # 24 layers of width 1,024
-    python scripts/bench_methods.py --layers 4 --width 128 --patches 6 --rounds 2       # to try the script
+    python scripts/bench_methods.py                                 # 24 layers of width 1,024
+    python scripts/bench_methods.py --quick                         # 12 layers of width 512; some minutes
+    python scripts/bench_methods.py --only contrastive --only review-mask
+    python scripts/bench_methods.py --layers 4 --width 128 --patches 6 --rounds 2   # to try the script
 
 Each contestant answers the same questions about the same pictures through ``jaxmllm.answer``, from PIL pictures larger
 than the model's input to text, in float32: 576 image tokens, questions of a dozen words, answers of a few tokens that
 nothing ends early. CARVE decodes as many tokens for its map as an answer has. ``two images`` is no method: it plainly
 answers the prompt that ``second-look`` ends with, so it shows what is saved where the first pass is gone on with.
 
-They take turns, round by round. Base runs at the beginning, in the middle and at the end of every round; a contestant's
-ratio is to the mean of these, and medians over the rounds are reported. The first round compiles; a program is billed
-to the contestant that needs it first. Passes are counted by the library: over prompts (or what differs from prompts
-that were run before), backward through such, and over single generated tokens.
+They take turns, round by round, with base before and after each; a contestant's ratio is to the mean of these two, and
+medians over the rounds are reported. The first round compiles; a program is billed to the contestant that needs it
+first. Passes are counted by the library: over prompts (or what differs from prompts that were run before), backward
+through such, and over single generated tokens.
 
 Memory is taken in a round of its own, which needs Linux: what a contestant adds at its peak to what was resident
 before, weights and programs not counted. The tokens of ``second-look`` and of ``two images`` are compared, too.
@@ -266,21 +267,28 @@ def warm_up(
 
 
 def run_round(contestants: dict[str, Contestant], measured: dict[str, Measured], number: int) -> float:
-    """One round against the clock, base thrice; returns how far its runs lie apart, as a share of their mean."""
-    others = [name for name in contestants if name != BASE]
-    middle = len(others) // 2
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for name in (BASE, *others[:middle], BASE, *others[middle:], BASE):
+    """One round against the clock; returns how far apart base's runs are that follow each other, in the median, as a
+    share of their mean."""
+
+    def seconds_of(name: str) -> float:
         began = time.perf_counter()
         contestants[name]()
-        seconds[name].append(time.perf_counter() - began)
-    base = float(np.mean(seconds[BASE]))
-    for name, spent in seconds.items():
-        measured[name].seconds.append(float(np.mean(spent)))
-        measured[name].times_base.append(float(np.mean(spent)) / base)
-    spread = (max(seconds[BASE]) - min(seconds[BASE])) / base
-    log.print(f"round {number + 1}: base {base:.2f} s, its runs within {spread:.1%}")
-    return spread
+        return time.perf_counter() - began
+
+    bases, gaps = [seconds_of(BASE)], [0.0]
+    for name in contestants:
+        if name == BASE:
+            continue
+        spent = seconds_of(name)
+        bases.append(seconds_of(BASE))
+        base = float(np.mean(bases[-2:]))
+        gaps.append(abs(bases[-1] - bases[-2]) / base)
+        measured[name].seconds.append(spent)
+        measured[name].times_base.append(spent / base)
+        log.print(f"round {number + 1}: {name} {spent:.2f} s; base {bases[-2]:.2f} s before, {bases[-1]:.2f} s after")
+    measured[BASE].seconds.append(float(np.median(bases)))
+    measured[BASE].times_base.append(1.0)
+    return float(np.median(gaps[1:] or gaps))
 
 
 def weigh(run: Contestant) -> int | None:
@@ -325,7 +333,7 @@ def print_report(result: dict[str, Any]) -> None:
         f"\nPreparing pictures and prompts takes {host:.4f} s a question, "
         f"{host / figures[BASE]['seconds_a_question']:.1%} of base."
     )
-    print(f"Base's own runs lie within {result['spread_of_base']:.1%} of each other in a round (median).")
+    print(f"Two runs of base that follow each other are {result['spread_of_base']:.1%} apart (median).")
     print(
         f"Compiling took {compiling['seconds']:.0f} s for {compiling['programs']} programs; "
         f"{result['compiled_while_timed']} more were compiled while the clock ran."

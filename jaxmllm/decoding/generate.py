@@ -74,6 +74,10 @@ class Prompts:
     captured: dict[str, Leaf]
     findings: Leaf
 
+    def bare(self) -> Prompts:
+        """Without what was captured: all that other passes read, so that they do not depend on what was."""
+        return dataclasses.replace(self, captured={}, findings=None)
+
 
 # Makes something of what a pass over prompts captured, within the compiled program. A pytree: its numbers are data.
 Reader = Callable[[dict[str, Array], Layout], Leaf]
@@ -106,7 +110,7 @@ def run_tail(
     params: pure.Params,
     first: Prompts,
     cache: Cache,
-    keep: Bool[Array, "B S"],
+    keep: Bool[Array, "B H"],
     tail: Inputs,
     edits: Edits | None,
     capture: Capture,
@@ -117,7 +121,7 @@ def run_tail(
     Args:
       graphdef, params: of the model.
       first, cache: of the earlier prompts.
-      keep: which of their slots these prompts begin with.
+      keep: which of their first H slots these prompts begin with.
       tail: what follows them, images included.
       edits: as there; they must not have changed what is kept in another way.
       capture: what is kept of the tail's pass.
@@ -133,7 +137,7 @@ def run_tail(
     )
     layout = with_room(join(head, keep, pure.layout_of(tail, module.config.image_token_id)), room)
     logits, grown, captured = prefill(module, pure.embed(module, tail), layout, edits, capture, cache.head(slots))
-    ids = jnp.concatenate([first.ids, tail.input_ids], axis=1)
+    ids = jnp.concatenate([first.ids[:, :slots], tail.input_ids], axis=1)
     return Prompts(logits, layout, ids, captured, None), grown
 
 

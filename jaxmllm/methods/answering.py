@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from PIL import Image
@@ -31,7 +32,7 @@ from jaxmllm.methods.first import AskIn, Count, First, one_image
 from jaxmllm.methods.regions import Box, ImageMap
 from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import Capture
-from jaxmllm.models.edits import Edits
+from jaxmllm.models.edits import Edits, Positions
 from jaxmllm.processing import ImageLike, as_list, make_prompt, open_image
 
 Evidence = Sequence[Sequence[Sequence[float]] | None]
@@ -146,8 +147,11 @@ def answer_by(
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     batch, layers = len(questions), model.num_layers
     checked = model.as_inputs(inputs, bucketed=True)
-    edits = compose(edits, method.edits(layers))
-    edits.check(layers)
+    edits = joined(edits, method.edits(layers))
+    if edits is not None:
+        edits.check(layers)
+    if method.reader(layers) is not None:
+        one_image(checked, method.name)
     rule, room = method.rule(layers, sampling), room_for(max(max_new_tokens, method.decodes))
     params = model.params if params is None else params
     numbers = tuple(range(batch)) if row_numbers is None else tuple(row_numbers)
@@ -155,6 +159,7 @@ def answer_by(
     seen_by = method.views(model, checked, numbers)
     count = Count(prompts=len(seen_by.input_ids) / batch)
     capture = method.capture(layers).with_also(rule.capture)
+    edits = for_views(edits, batch, len(seen_by.input_ids) // batch)
     prompts, cache = run_prompts(model.graphdef, params, seen_by, edits, capture, room, method.reader(layers))
     first = First(
         model=model,
@@ -197,7 +202,7 @@ def go_on(first: First, second: Second, capture: Capture, room: int, name: str) 
     Returns:
       What the pass left, its cache, and the edits in force.
     """
-    model, edits = first.model, compose(first.edits, second.edits)
+    model, edits = first.model, joined(first.edits, second.edits)
     one_image(first.inputs, name)
     _no_places(first.edits, name)
     if second.pictures is not None:
@@ -205,8 +210,34 @@ def go_on(first: First, second: Second, capture: Capture, room: int, name: str) 
     else:
         tail, keep = tails.of_same(model, first.inputs, second.again)
     first.count.prompts += 1
-    passed = run_tail(model.graphdef, first.params, first.prompts, first.cache, keep, tail, edits, capture, room)
+    passed = run_tail(model.graphdef, first.params, first.prompts.bare(), first.cache, keep, tail, edits, capture, room)
     return *passed, edits
+
+
+def joined(one: Edits | None, other: Edits | None) -> Edits | None:
+    """Both, or the one there is; ``None`` is another program than edits that do nothing."""
+    return one if other is None else other if one is None else compose(one, other)
+
+
+def for_views(edits: Edits | None, batch: int, views: int) -> Edits | None:
+    """Edits for as many rows as there are views: weights that are given for each example serve all of its views."""
+    if edits is None or views == 1:
+        return edits
+
+    def repeated(side: Positions) -> Positions:
+        if side.weights is None or np.ndim(side.weights) != 2 or len(side.weights) != batch:
+            return side
+        return dataclasses.replace(side, weights=jnp.concatenate([jnp.asarray(side.weights)] * views))
+
+    return dataclasses.replace(
+        edits,
+        erase=tuple(dataclasses.replace(term, positions=repeated(term.positions)) for term in edits.erase),
+        blind=tuple(dataclasses.replace(term, positions=repeated(term.positions)) for term in edits.blind),
+        knockout=tuple(
+            dataclasses.replace(term, queries=repeated(term.queries), keys=repeated(term.keys))
+            for term in edits.knockout
+        ),
+    )
 
 
 def _no_places(edits: Edits | None, name: str) -> None:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from jaxmllm.methods.first import First
 
 
+# An option that may be given as a whole number too.
+Number = float | int
+
+
 @dataclasses.dataclass(frozen=True)
 class Second:
     """What a second pass is about.

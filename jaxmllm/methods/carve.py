@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from jaxmllm.decoding.rules import Decoded
 from jaxmllm.errors import InputError
-from jaxmllm.methods.base import Method, Second
+from jaxmllm.methods.base import Method, Number, Second
 from jaxmllm.methods.first import First, one_image
 from jaxmllm.methods.regions import Box, ImageMap, as_patch_map, inside
 from jaxmllm.methods.vicrop import GENERAL
@@ -57,8 +57,8 @@ class Carve(Method):
     }
 
     layers: Sequence[int] = ()
-    lam: float = 1e-8
-    top: float = 0.2
+    lam: Number = 1e-8
+    top: Number = 0.2
     fewest: int = 3
     steps: int = STEPS
     general: str = GENERAL

@@ -20,7 +20,7 @@ from jaxmllm.analysis.attention import candidate_layers, hellinger, image_distri
 from jaxmllm.analysis.edits import review_mask
 from jaxmllm.decoding.generate import Reader
 from jaxmllm.errors import InputError
-from jaxmllm.methods.base import Method, Second
+from jaxmllm.methods.base import Method, Number, Second
 from jaxmllm.methods.first import First, one_image
 from jaxmllm.methods.regions import (
     Box,
@@ -87,7 +87,7 @@ class Contrast(Method):
     candidates: str = "fusion"
     pre: int | None = None
     post: str | int = "last"
-    subtract: float = 1.0
+    subtract: Number = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fusion_layers", tuple(int(layer) for layer in self.fusion_layers))
@@ -134,8 +134,8 @@ class ContrastiveReinput(Contrast):
     Attributes:
       refined: ``crop`` cuts that part out; ``segment`` blacks out everything else in it first.
       region: ``patches`` takes the smallest square around the patches of at least ``threshold`` times the highest
-        contrast, widened on every side by ``margin`` patches; ``window`` the window that stands out most (ViCrop's
-        search).
+        contrast, widened on every side by ``margin`` patches; ``connected`` only around those of them that hang
+        together with the highest; ``window`` the window that stands out most (ViCrop's search).
       threshold, margin: see there.
       smallest: the square's side at least, as a share of the image's shorter side.
       scale: how many times the part is enlarged; towers with a fixed input size resize it anyway.
@@ -150,17 +150,17 @@ class ContrastiveReinput(Contrast):
 
     refined: str = "crop"
     region: str = "patches"
-    threshold: float = 0.5
-    margin: float = 0.5
-    smallest: float = 0.25
-    scale: float = 1.0
+    threshold: Number = 0.5
+    margin: Number = 0.5
+    smallest: Number = 0.25
+    scale: Number = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.refined not in ("crop", "segment"):
             raise InputError(f"refined is {self.refined!r}; expected 'crop' or 'segment'")
-        if self.region not in ("patches", "window"):
-            raise InputError(f"region is {self.region!r}; expected 'patches' or 'window'")
+        if self.region not in ("patches", "connected", "window"):
+            raise InputError(f"region is {self.region!r}; expected 'patches', 'connected' or 'window'")
         if not 0 < self.threshold <= 1 or not 0 <= self.smallest <= 1 or self.scale <= 0 or self.margin < 0:
             raise InputError(
                 f"threshold={self.threshold}, margin={self.margin}, smallest={self.smallest}, scale={self.scale}; "
@@ -183,7 +183,7 @@ class ContrastiveReinput(Contrast):
     def refine(self, picture: Image.Image, found: ImageMap) -> tuple[Image.Image, Box]:
         """The part of a picture that a map points at, and its box."""
         patches = as_patch_map(found)
-        kept = kept_patches(patches, self.threshold)
+        kept = kept_patches(patches, self.threshold, self.region == "connected")
         least = self.smallest * min(picture.size)
         if self.region == "window":
             left, top, right, bottom = patches.box
@@ -246,8 +246,8 @@ class ReviewMask(Contrast):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = ContrastiveReinput.presets
 
     layer: int | None = None
-    quantile: float = 0.5
-    strength: float = 0.5
+    quantile: Number = 0.5
+    strength: Number = 0.5
     again: str = "last"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jaxmllm.errors import InputError
-from jaxmllm.methods.base import Method, Second
+from jaxmllm.methods.base import Method, Number, Second
 from jaxmllm.methods.first import First, one_image
 from jaxmllm.methods.regions import Box, Edge, inside, squared
 
@@ -25,7 +25,7 @@ class Crop(Method):
       share: the square's side as a share of the image's shorter side.
     """
 
-    share: float = 0.35
+    share: Number = 0.35
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmllm.decoding.rules import OneByOne, Rule
 from jaxmllm.decoding.sampling import Sampling
 from jaxmllm.errors import InputError
-from jaxmllm.methods.base import Method
+from jaxmllm.methods.base import Method, Number
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.layers import Leaf
 
@@ -111,8 +111,8 @@ class Dola(Method):
 
     layers: str = "low"
     candidates: Sequence[int] = ()
-    relative_top: float = 0.1
-    repetition_penalty: float = 1.2
+    relative_top: Number = 0.1
+    repetition_penalty: Number = 1.2
     norm: bool = False
     together: bool = False
 

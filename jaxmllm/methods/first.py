@@ -24,7 +24,7 @@ from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs
 from jaxmllm.processing import make_prompt, prepare
 
-# The text of a prompt with another question in it: question, number of the example -> prompt.
+# Another question as it is asked about an example, plain or as a whole prompt: question, number of the example -> text.
 AskIn = Callable[[str, int], str]
 
 
@@ -133,14 +133,15 @@ class First:
         Returns:
           What the pass left, its cache, and the inputs that hold its image tokens.
         """
-        texts = [self.ask_in(question, row) for row in range(len(self.pictures))]
+        processor = self.model.processor
+        texts = [make_prompt(processor, self.ask_in(question, row), 1) for row in range(len(self.pictures))]
         room, model = room_for(max_new_tokens), self.model
         self.count.prompts += 1
         if model.family.reads_question:
-            inputs = model.as_inputs(prepare(model.processor, self.pictures, texts), bucketed=True)
+            inputs = model.as_inputs(prepare(processor, self.pictures, texts), bucketed=True)
             return *run_prompts(model.graphdef, self.params, inputs, self.edits, capture, room), inputs
         tail, keep = tails.of_texts(model, self.inputs, texts)
-        before = self.prompts, self.cache, keep
+        before = self.prompts.bare(), self.cache, keep
         passed = run_tail(model.graphdef, self.params, *before, tail, self.edits, capture, room)
         return *passed, self.inputs
 

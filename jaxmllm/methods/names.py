@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxmllm.errors import InputError
-from jaxmllm.methods.base import Method
+from jaxmllm.methods.base import Method, Number
 from jaxmllm.methods.carve import Carve
 from jaxmllm.methods.contrastive import ContrastiveReinput, ReviewMask
 from jaxmllm.methods.controls import CentreCrop, EvidenceCrop, RandomCrop, SecondLook
@@ -80,12 +80,13 @@ def parse_method(spec: str, fusion_layers: Sequence[int] | None = None) -> Metho
 
 def spell(method: Method) -> str:
     """One spelling for methods that do the same: the name, then what differs from its defaults."""
+    kinds = options_of(type(method))
     changed = {
         field.name: getattr(method, field.name)
         for field in dataclasses.fields(method)
         if getattr(method, field.name) != field.default
     }
-    options = ",".join(f"{key}={_write(value)}" for key, value in changed.items())
+    options = ",".join(f"{key}={_write(value, kinds[key])}" for key, value in changed.items())
     return f"{method.name}:{options}" if options else method.name
 
 
@@ -95,15 +96,19 @@ def options_of(kind: type[Method]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _write(value: Any) -> str:
+def _write(value: Any, kind: Any) -> str:
     if isinstance(value, tuple):
         return "+".join(map(str, value))
+    if kind == Number:
+        return str(float(value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _read(spec: str, key: str, value: str, kind: Any) -> Any:
     """A value in words as one of the kinds that an option takes."""
     if isinstance(kind, types.UnionType):
+        if kind == Number:
+            return _read(spec, key, value, float)
         kinds = [one for one in typing.get_args(kind) if one is not type(None)]
         for one in sorted(kinds, key=lambda one: one is str):  # text is what is no number
             try:

@@ -20,7 +20,7 @@ from jaxmllm.decoding.beams import Ended, Tree, along, choose_beams, grow, path_
 from jaxmllm.decoding.rules import Decoded, Decoding, Rule
 from jaxmllm.decoding.sampling import Sampling
 from jaxmllm.errors import InputError
-from jaxmllm.methods.base import Method
+from jaxmllm.methods.base import Method, Number
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.layers import Leaf
 
@@ -355,9 +355,9 @@ class Opera(Method):
 
     beams: int = 5
     candidates: int = 5
-    scale: float = 50.0
+    scale: Number = 50.0
     threshold: int = 15
-    penalty_weight: float = 1.0
+    penalty_weight: Number = 1.0
     window: int = 512
     half_scores: bool = True
 

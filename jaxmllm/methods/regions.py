@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
+from scipy import ndimage
 
 from jaxmllm.errors import InputError
 from jaxmllm.models.boxes import TokenBoxes
@@ -89,10 +90,19 @@ def _without_padding(values: np.ndarray, xs: np.ndarray, ys: np.ndarray) -> Patc
     return PatchMap(values[np.ix_(rows, columns)], np.append(xs[columns], xs[-1]), np.append(ys[rows], ys[-1]))
 
 
-def kept_patches(patches: PatchMap, threshold: Edge) -> Bool[np.ndarray, "rows columns"]:
-    """Patches of at least ``threshold`` times the highest value; all of them where nothing is positive."""
+def kept_patches(patches: PatchMap, threshold: Edge, connected: bool = False) -> Bool[np.ndarray, "rows columns"]:
+    """Patches of at least ``threshold`` times the highest value; all of them where nothing is positive.
+
+    With ``connected``, only those that hang together (by sides) with the highest one, the first of equals.
+    """
     highest = patches.values.max()
-    return patches.values >= threshold * highest if highest > 0 else np.ones(patches.values.shape, bool)
+    if highest <= 0:
+        return np.ones(patches.values.shape, bool)
+    kept = patches.values >= threshold * highest
+    if not connected:
+        return kept
+    regions, _ = ndimage.label(kept)
+    return regions == regions.flat[np.argmax(patches.values)]
 
 
 def box_around(patches: PatchMap, kept: Bool[np.ndarray, "rows columns"], margin: Edge = 0.0) -> Box:

@@ -11,9 +11,14 @@ from jaxtyping import Bool
 from PIL import Image
 
 from jaxmllm.errors import InputError
-from jaxmllm.models.images import pad_rows
-from jaxmllm.models.inputs import Inputs
+from jaxmllm.models.images import TEXT_BUCKETS, pad_rows
+from jaxmllm.models.inputs import Inputs, as_inputs
 from jaxmllm.processing import encode_prompts, prepare
+
+# Tails are mostly an image and a short question, so their text is padded less than that of whole prompts; heads are cut
+# to a multiple of so many slots.
+TAIL_BUCKETS = (16, 32, *TEXT_BUCKETS)
+HEAD_STEP = 32
 
 # What stands around an image's placeholder and belongs to it: Qwen's marks, and one line break.
 _AROUND = r"(?:<\|vision_start\|>)?{token}(?:<\|vision_end\|>)?\n?"
@@ -36,7 +41,7 @@ def after_first(ids: np.ndarray, valid: np.ndarray, image_token_id: int, again: 
     return valid & (place >= np.where(shown.any(axis=1), ends, 0)[:, None])
 
 
-def of_same(model: Any, inputs: Inputs, again: str) -> tuple[Inputs, Bool[np.ndarray, "B S"]]:
+def of_same(model: Any, inputs: Inputs, again: str) -> tuple[Inputs, Bool[np.ndarray, "B H"]]:
     """The last tokens of the prompts once more, and which of the prompts' slots stand before them.
 
     Args:
@@ -47,10 +52,10 @@ def of_same(model: Any, inputs: Inputs, again: str) -> tuple[Inputs, Bool[np.nda
     ids, valid = np.asarray(inputs.input_ids), np.asarray(inputs.attention_mask).astype(bool)
     tail = after_first(ids, valid, model.config.image_token_id, again)
     rows = [row[here].tolist() for row, here in zip(ids, tail, strict=True)]
-    return _as_tail(model, rows, {}, bucketed=again != "last"), valid & ~tail
+    return _as_tail(model, rows, {}, bucketed=again != "last"), _cut(valid & ~tail)
 
 
-def of_texts(model: Any, inputs: Inputs, texts: Sequence[str]) -> tuple[Inputs, Bool[np.ndarray, "B S"]]:
+def of_texts(model: Any, inputs: Inputs, texts: Sequence[str]) -> tuple[Inputs, Bool[np.ndarray, "B H"]]:
     """What other prompts about the same images have behind them, and which slots they share.
 
     Raises:
@@ -63,7 +68,7 @@ def of_texts(model: Any, inputs: Inputs, texts: Sequence[str]) -> tuple[Inputs, 
 
 def of_pictures(
     model: Any, inputs: Inputs, texts: Sequence[str], pictures: Sequence[Image.Image]
-) -> tuple[Inputs, Bool[np.ndarray, "B S"]]:
+) -> tuple[Inputs, Bool[np.ndarray, "B H"]]:
     """What prompts with a second image have behind the first, and which slots they share with those without.
 
     Raises:
@@ -79,16 +84,23 @@ def of_pictures(
     return _as_tail(model, _behind(heads, _expanded(model, twice, pairs)), arrays), keep
 
 
+def _cut(keep: Bool[np.ndarray, "B S"]) -> Bool[np.ndarray, "B H"]:
+    """Without what stands behind the last slot that any example keeps: what follows need not look at it."""
+    kept = np.flatnonzero(keep.any(axis=0))
+    last = int(kept[-1]) + 1 if len(kept) else 1
+    return keep[:, : min(keep.shape[1], -(-last // HEAD_STEP) * HEAD_STEP)]
+
+
 def _counts(inputs: Inputs) -> list[int]:
     assert inputs.images is not None
     return np.asarray(inputs.images.counts).tolist()
 
 
-def _heads(model: Any, inputs: Inputs) -> tuple[list[list[int]], Bool[np.ndarray, "B S"]]:
+def _heads(model: Any, inputs: Inputs) -> tuple[list[list[int]], Bool[np.ndarray, "B H"]]:
     """The tokens of every prompt up to its image, and where they stand."""
     ids, valid = np.asarray(inputs.input_ids), np.asarray(inputs.attention_mask).astype(bool)
     keep = valid & ~after_first(ids, valid, model.config.image_token_id, "question")
-    return [row[here].tolist() for row, here in zip(ids, keep, strict=True)], keep
+    return [row[here].tolist() for row, here in zip(ids, keep, strict=True)], _cut(keep)
 
 
 def _expanded(model: Any, texts: Sequence[str], counts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -116,7 +128,5 @@ def _as_tail(model: Any, rows: Sequence[list[int]], arrays: dict[str, np.ndarray
     filler = int(model.config.image_token_id == 0)  # any id but the placeholder's
     ids = [np.array(row, np.int32) for row in rows]
     mask = [np.ones(len(row), np.int32) for row in rows]
-    return model.as_inputs(
-        {"input_ids": pad_rows(ids, longest, filler), "attention_mask": pad_rows(mask, longest), **arrays},
-        bucketed=bucketed,
-    )
+    prepared = {"input_ids": pad_rows(ids, longest, filler), "attention_mask": pad_rows(mask, longest), **arrays}
+    return as_inputs(prepared, model.config, bucketed, TAIL_BUCKETS)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmllm.decoding.rules import OneByOne, Rule
 from jaxmllm.decoding.sampling import Sampling
 from jaxmllm.errors import InputError
-from jaxmllm.methods.base import Method
+from jaxmllm.methods.base import Method, Number
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.images import Images
 from jaxmllm.models.inputs import Inputs
@@ -78,8 +78,8 @@ class Vcd(Method):
         "instructblip": {"alpha": 0.5, "beta": 0.1},
     }
 
-    alpha: float = 0.5
-    beta: float = 0.1
+    alpha: Number = 0.5
+    beta: Number = 0.1
     step: int = 500
     seed: int = 55
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,9 @@ class Inputs:
     bucketed: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def as_inputs(inputs: Mapping[str, Any], config: Any, bucketed: bool = False) -> Inputs:
+def as_inputs(
+    inputs: Mapping[str, Any], config: Any, bucketed: bool = False, text_buckets: Sequence[int] = TEXT_BUCKETS
+) -> Inputs:
     """Checks a processor's arrays and names them. NumPy, JAX arrays and tracers are all welcome.
 
     Args:
@@ -59,7 +61,8 @@ def as_inputs(inputs: Mapping[str, Any], config: Any, bucketed: bool = False) ->
       config: the family's config.
       bucketed: pad to a few sizes, so that unlike inputs share programs: what a sequence holds of image tokens to one
         of ``IMAGE_BUCKETS`` (unless all images of the model take equally many), the rest of it to one of
-        ``TEXT_BUCKETS``, images likewise. Padding is added on the right and changes no number.
+        ``text_buckets``, images likewise. Padding is added on the right and changes no number.
+      text_buckets: see there.
 
     Raises:
       InputError: naming the array, what it is and what was expected. Values (rather than shapes) are checked only
@@ -88,7 +91,7 @@ def as_inputs(inputs: Mapping[str, Any], config: Any, bucketed: bool = False) ->
     bucketed = bucketed and not isinstance(ids, jax.core.Tracer)
     if bucketed:
         room = bucket_of(max_image_tokens) if family.tokens_vary else max_image_tokens
-        added = room + bucket_of(length - max_image_tokens, TEXT_BUCKETS) - length
+        added = room + bucket_of(length - max_image_tokens, text_buckets) - length
         max_image_tokens = room
         filler = int(config.image_token_id == 0)  # any id but the placeholder's
         ids = np.pad(ids, ((0, 0), (0, added)), constant_values=filler)

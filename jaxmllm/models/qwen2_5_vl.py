@@ -21,7 +21,7 @@ from jaxmllm.models.qwen2_vl import (
 )
 from jaxmllm.models.qwen_vision import read_vision_2_5
 
-__all__ = ["IMAGE_INPUTS", "TOKENS_VARY", "QwenVL", "pack_images", "positions", "read_config", "token_boxes"]
+__all__ = ["IMAGE_INPUTS", "PIXELS", "TOKENS_VARY", "QwenVL", "pack_images", "positions", "read_config", "token_boxes"]
 
 
 def read_config(fields: Mapping[str, Any]) -> QwenVLConfig:

@@ -85,6 +85,9 @@ def test_the_crop_holds_the_patches_that_gained():
     assert box == (20, 10, 60, 50) and refined.size == (80, 80)
     all_of_them = ContrastiveReinput(candidates="all", threshold=0.25, margin=0.0, smallest=0.0)
     assert all_of_them.refine(picture(size), found)[1] == (30, 10, 80, 60)
+    values[2, 4] = 0.4
+    joined = ContrastiveReinput(candidates="all", threshold=0.25, margin=0.0, smallest=0.0, region="connected")
+    assert joined.refine(picture(size), ImageMap(values.ravel(), whole_view(6, 8, size)))[1] == (30, 20, 50, 40)
 
 
 def test_a_segment_shows_the_kept_patches_alone():
@@ -101,7 +104,11 @@ def test_a_segment_shows_the_kept_patches_alone():
 
 @settings(deadline=None, max_examples=80)
 @given(
-    st.integers(0, 10_000), st.sampled_from(["patches", "window"]), st.floats(0.05, 1), st.floats(0, 1), st.booleans()
+    st.integers(0, 10_000),
+    st.sampled_from(["patches", "connected", "window"]),
+    st.floats(0.05, 1),
+    st.floats(0, 1),
+    st.booleans(),
 )
 def test_crops_lie_in_the_image(seed, region, threshold, smallest, square):
     rng = np.random.default_rng(seed)
@@ -111,7 +118,7 @@ def test_crops_lie_in_the_image(seed, region, threshold, smallest, square):
     refined, (left, top, right, bottom) = method.refine(Image.new("RGB", size), found)
     assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
     assert refined.size == (right - left, bottom - top)
-    if region == "patches":
+    if region != "window":
         assert abs((right - left) - (bottom - top)) <= 1
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 import jaxmllm
 from jaxmllm.analysis import compose, erase_image, knockout, review_mask, scale_heads
 from jaxmllm.errors import InputError
-from jaxmllm.methods import ReviewMask, SecondLook, ViCrop, tails
+from jaxmllm.methods import ContrastiveReinput, ReviewMask, SecondLook, Vcd, ViCrop, tails
 from jaxmllm.models.capture import ATTENTION, Capture
 from jaxmllm.processing import make_prompt
 from tests.support import families
@@ -113,6 +113,16 @@ def test_the_relative_map_equals_two_separate_passes(model):
         np.testing.assert_allclose(found.values, asked / general, rtol=1e-3)
 
 
+def test_edits_hold_in_every_view(model):
+    """Without contrast, two views give the tokens of one, under weights for each example too."""
+    counts = model.as_inputs(model.prepare(pictures(), QUESTIONS)).max_image_tokens
+    weights = np.random.default_rng(1).random((len(QUESTIONS), counts))
+    options = {"max_new_tokens": NEW_TOKENS, "stop_tokens": (), "edits": erase_image(1, weights)}
+    answers = jaxmllm.answer(model, pictures(), QUESTIONS, method=Vcd(alpha=0.0), **options)
+    whole = jaxmllm.generate(model, model.prepare(pictures(), QUESTIONS), **options)
+    np.testing.assert_array_equal(answers.details.generated.tokens, whole.tokens)
+
+
 def test_edits_that_count_positions_are_refused(model):
     length = model.prepare(pictures(), QUESTIONS)["input_ids"].shape[1]
     edits = knockout(0, np.ones(length), "image")
@@ -124,3 +134,5 @@ def test_several_images_are_refused(model):
     shown = pictures()
     with pytest.raises(InputError, match="one image an example"):
         jaxmllm.answer(model, [shown[:2], shown[1:]], QUESTIONS[:2], method=SecondLook())
+    with pytest.raises(InputError, match="there are 0 for 1"):
+        jaxmllm.answer(model, [[]], QUESTIONS[:1], method=ContrastiveReinput(candidates="all"))
