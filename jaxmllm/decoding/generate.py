@@ -213,14 +213,9 @@ def generate(
 
     Source: transformers' ``generate``, whose greedy tokens these are.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     checked = model.as_inputs(inputs, bucketed=True)
+    check_prompts(checked, max_new_tokens)
     batch = len(checked.input_ids)
-    if checked.answer_positions is not None:
-        raise InputError("inputs hold answer_positions: answers follow the prompts; generate takes prompts alone")
-    if checked.attention_mask.ndim != 2:
-        raise InputError("attention_mask is over pairs of positions; generate takes one of shape (batch, sequence)")
     if edits is not None:
         edits.check(model.num_layers)
     params = model.params if params is None else params
@@ -239,6 +234,16 @@ def generate(
         room,
     )
     return generated(model, done, prompts.captured)
+
+
+def check_prompts(inputs: Inputs, max_new_tokens: int) -> None:
+    """Raises InputError where inputs are not prompts alone, or nothing is to be generated."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if inputs.answer_positions is not None:
+        raise InputError("inputs hold answer_positions: answers follow the prompts; generate takes prompts alone")
+    if inputs.attention_mask.ndim != 2:
+        raise InputError("attention_mask is over pairs of positions; generate takes one of shape (batch, sequence)")
 
 
 def generated(model: Any, done: Decoded, captured: dict[str, Array]) -> Generated:

@@ -16,6 +16,7 @@ from jaxmllm.analysis.edits import compose
 from jaxmllm.decoding.generate import (
     MAX_NEW_TOKENS,
     Generated,
+    check_prompts,
     ending_of,
     generated,
     room_for,
@@ -143,10 +144,9 @@ def answer_by(
     Raises:
       InputError: as ``generate``; or the method does not fit the model or the examples.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     batch, layers = len(questions), model.num_layers
     checked = model.as_inputs(inputs, bucketed=True)
+    check_prompts(checked, max_new_tokens)
     edits = joined(edits, method.edits(layers))
     if edits is not None:
         edits.check(layers)
@@ -180,6 +180,8 @@ def answer_by(
         prompts, cache, edits = go_on(first, second, rule.capture, room, method.name)
     else:
         cache = first.cache
+    findings = jax.tree.map(np.asarray, first.prompts.findings)
+    del first  # and with it the first prompts' cache, before there is a third
     done = run_tokens(
         model.graphdef, params, prompts, cache, edits, rule, keys,
         ending_of(model, stop_tokens), np.int32(max_new_tokens), room,
@@ -191,7 +193,7 @@ def answer_by(
         maps=second.maps,
         pictures=second.pictures,
         boxes=second.boxes,
-        findings=jax.tree.map(np.asarray, first.prompts.findings),
+        findings=findings,
         count=count,
     )
 
@@ -209,7 +211,9 @@ def go_on(first: First, second: Second, capture: Capture, room: int, name: str) 
         tail, keep = tails.of_pictures(model, first.inputs, first.texts, second.pictures)
     else:
         tail, keep = tails.of_same(model, first.inputs, second.again)
-    first.count.prompts += 1
+    one_token = second.pictures is None and second.again == "last"
+    first.count.tokens += one_token
+    first.count.prompts += not one_token
     passed = run_tail(model.graphdef, first.params, first.prompts.bare(), first.cache, keep, tail, edits, capture, room)
     return *passed, edits
 

@@ -35,7 +35,7 @@ class Count:
     Attributes:
       prompts: over prompts, or over what differs from prompts that were run before.
       backward: gradients through such passes.
-      tokens: over single generated tokens.
+      tokens: over single tokens, those that were generated and those that were run again.
     """
 
     prompts: float = 0

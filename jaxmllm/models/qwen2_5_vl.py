@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxmllm.models.qwen2_vl import (
     IMAGE_INPUTS,
+    PIXELS,
     TOKENS_VARY,
     QwenVL,
     QwenVLConfig,

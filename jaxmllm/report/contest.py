@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 
 from jaxmllm.data.questions import Question
 from jaxmllm.evaluation.contest import Contest, Result
@@ -84,7 +85,13 @@ def _add_result(writer: SummaryWriter, contest: Contest, result: Result, setting
         writer.add_scalar("running_accuracy", float(means[point]), int(point) + 1)
     contestant = result.contestant
     about = {"label": contestant.label, "group": contestant.group, "method": contestant.spec, **settings}
-    writer.add_hparams(about, {f"hparam/{name}": value for name, value in metrics.items()}, name="hparams")
+    # Into the method's own run, not one beside it as add_hparams does: TensorBoard shows nothing by default where there
+    # are more than 40 runs.
+    named = {f"hparam/{name}": value for name, value in metrics.items()}
+    for part in hparams(about, named):
+        writer.file_writer.add_summary(part)
+    for name, value in named.items():
+        writer.add_scalar(name, value)
 
 
 def numbers_of(result: Result) -> dict[str, float]:

@@ -196,7 +196,7 @@ def test_tensorboard_shows_numbers_and_pictures(contest, questions, tmp_path):
     (accuracy,) = centre.Scalars("metrics/accuracy")
     assert accuracy.value == pytest.approx(contest.results[1].accuracy.value) and accuracy.step == COUNT
     assert centre.Scalars("running_accuracy")[-1].value == pytest.approx(accuracy.value)
-    assert "_hparams_/session_start_info" in events(tmp_path / "centre" / "hparams").summary_metadata
+    assert "_hparams_/session_start_info" in events(tmp_path / "centre").summary_metadata
     summary = events(tmp_path / "summary")
     tags = [tag for tag in summary.Tags()["images"] if tag.startswith("looked_at/")]
     assert len(tags) == 2 and questions[9].question_id in tags[1]

@@ -22,7 +22,7 @@ def score(candidates, together=False, penalty=1.0):
     return method.rule(candidates, None).score
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.5, 3.0, 12.0]))
 def test_choice_and_scores(seed, candidates, spread):
     rng = np.random.default_rng(seed)
@@ -67,7 +67,7 @@ def answers(pair, inputs, method):
     return np.asarray(done.tokens)[:, :LIMIT]
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generated_tokens_are_those_of_the_rendering(plain_pair, norm):
     """States of PyTorch's model, its head with or without the final norm, and the rendering's loop without a cache."""
     inputs = make_inputs(plain_pair, LAYOUTS["one_image"], "left")

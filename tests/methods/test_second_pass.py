@@ -16,13 +16,18 @@ from tests.support.tiny_checkpoints import write_checkpoint
 QUESTIONS = ["what is this ?", "is it a cup , or is it not ?", "why ?"]
 SIZES = [(40, 28), (90, 30), (33, 70)]
 NEW_TOKENS = 5
-QUICK = ("instructblip", "llava", "qwen2_5_vl")
+# Most of the time goes into compiling: the others run before a release.
+QUICK = ("llava",)
+IMAGES_OF_THEIR_OWN = ("instructblip", "qwen2_5_vl")  # image tokens by the question, positions by the image
 
 
-@pytest.fixture(
-    scope="module",
-    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES],
-)
+def of_families(quick):
+    """A model of every family, marked slow but for some."""
+    params = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES]
+    return pytest.mark.parametrize("model", params, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods") / request.param
     write_checkpoint(request.param, folder)
@@ -45,17 +50,17 @@ def edits_of(model):
     return compose(erase_image(1), knockout(0, "last", "image", strength=0.7), scale_heads(0, scale))
 
 
+@of_families(families.FAMILIES)
 def test_prompts_with_two_images_are_those_of_the_processor(model):
     """The placeholder that is put in is where the chat template puts a second image."""
     for question, text in zip(QUESTIONS, texts(model, 2), strict=True):
         assert text.split() == make_prompt(model.processor, question, 2).split()
 
 
-@pytest.mark.parametrize("edited", [False, True])
-def test_a_second_image_equals_the_prompt_with_two(model, edited):
+@of_families((*QUICK, *IMAGES_OF_THEIR_OWN))
+def test_a_second_image_equals_the_prompt_with_two(model):
     shown = pictures()
-    edits = edits_of(model) if edited else None
-    options = {"max_new_tokens": NEW_TOKENS, "stop_tokens": (), "edits": edits}
+    options = {"max_new_tokens": NEW_TOKENS, "stop_tokens": (), "edits": edits_of(model)}
     answers = jaxmllm.answer(model, shown, QUESTIONS, method=SecondLook(), **options)
     twice = model.prepare([[image, image] for image in shown], texts(model, 2))
     whole = jaxmllm.generate(model, twice, **options)
@@ -67,6 +72,8 @@ def test_a_second_image_equals_the_prompt_with_two(model, edited):
     assert answers.details.count.prompts == 2
 
 
+@pytest.mark.slow
+@of_families(families.FAMILIES)
 def test_the_padding_side_and_the_batch_change_nothing(model):
     shown = pictures()
     options = {"method": SecondLook(), "max_new_tokens": NEW_TOKENS, "stop_tokens": ()}
@@ -78,6 +85,7 @@ def test_the_padding_side_and_the_batch_change_nothing(model):
     np.testing.assert_array_equal(together.details.generated.tokens[1:2], alone.details.generated.tokens)
 
 
+@of_families(QUICK)
 def test_the_review_mask_equals_an_edit_from_the_start(model):
     """Run again over the whole question, it is the edit with the same weights."""
     method = ReviewMask(candidates="all", layer=1, quantile=0.8, strength=0.9, again="question")
@@ -92,6 +100,7 @@ def test_the_review_mask_equals_an_edit_from_the_start(model):
     )
 
 
+@of_families(QUICK)
 def test_the_relative_map_equals_two_separate_passes(model):
     method = ViCrop(layer=1, general="what is there ?", base=20)
     maps = jaxmllm.answer(model, pictures(), QUESTIONS, method=method, max_new_tokens=1).maps
@@ -113,6 +122,8 @@ def test_the_relative_map_equals_two_separate_passes(model):
         np.testing.assert_allclose(found.values, asked / general, rtol=1e-3)
 
 
+@pytest.mark.slow
+@of_families(families.FAMILIES)
 def test_edits_hold_in_every_view(model):
     """Without contrast, two views give the tokens of one, under weights for each example too."""
     counts = model.as_inputs(model.prepare(pictures(), QUESTIONS)).max_image_tokens
@@ -123,6 +134,7 @@ def test_edits_hold_in_every_view(model):
     np.testing.assert_array_equal(answers.details.generated.tokens, whole.tokens)
 
 
+@of_families(QUICK)
 def test_edits_that_count_positions_are_refused(model):
     length = model.prepare(pictures(), QUESTIONS)["input_ids"].shape[1]
     edits = knockout(0, np.ones(length), "image")
@@ -130,6 +142,7 @@ def test_edits_that_count_positions_are_refused(model):
         jaxmllm.answer(model, pictures(), QUESTIONS, method=SecondLook(), edits=edits)
 
 
+@of_families(QUICK)
 def test_several_images_are_refused(model):
     shown = pictures()
     with pytest.raises(InputError, match="one image an example"):

@@ -166,7 +166,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering, "generate", interrupt)
+    monkeypatch.setattr(answering, "answer_by", interrupt)
     assert evaluate(monkeypatch, tmp_path / "run", "--limit", 4) == 130
     assert "the same command goes on from there" in capsys.readouterr().out
 
