@@ -97,7 +97,9 @@ def run_scripted(monkeypatch, seed, **options):
         # answers that ended before going back
         pytest.param(8, {}, [15, 15, 15, 15], marks=pytest.mark.slow),
         pytest.param(5, {"half_scores": False}, None, marks=pytest.mark.slow),
-        (8, {"beams": 3, "candidates": 2, "threshold": 4, "penalty_weight": 0.7}, None),
+        pytest.param(
+            8, {"beams": 3, "candidates": 2, "threshold": 4, "penalty_weight": 0.7}, None, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_scripted_attention(seed, options, back_to, monkeypatch):

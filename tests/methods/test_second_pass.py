@@ -18,7 +18,7 @@ SIZES = [(40, 28), (90, 30), (33, 70)]
 NEW_TOKENS = 5
 # Most of the time goes into compiling: the others run before a release.
 QUICK = ("llava",)
-IMAGES_OF_THEIR_OWN = ("instructblip", "qwen2_5_vl")  # image tokens by the question, positions by the image
+IMAGES_OF_THEIR_OWN = ("qwen2_5_vl",)  # rotary positions by the image, images of any size
 
 
 def of_families(quick):

@@ -70,6 +70,7 @@ def qformer_pair(tmp_path_factory):
     return tiny.make_pair(next(iter(instructblip.VARIANTS)), tmp_path_factory.mktemp("qformer"))
 
 
+@pytest.mark.slow
 def test_gradients_through_the_qformer(qformer_pair):
     _, theirs, ours = alone(qformer_pair, 5)
     crosses = len(qformer_pair.jax.config.qformer.cross_layers)
