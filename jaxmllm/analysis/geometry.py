@@ -61,15 +61,18 @@ def _boxes(model: Any, boxes_of: Callable, image_sizes: Sequence[tuple[int, int]
 LOOKS_AT_ONCE = 16
 
 
-def looks_of(model: Any, images: Images, nth: int | None = None) -> list[Float[np.ndarray, "N P"]]:
+def looks_of(
+    model: Any, images: Images, nth: int | None = None, params: pure.Params | None = None
+) -> list[Float[np.ndarray, "N P"]]:
     """How much each image token looked at each patch, for a family whose image tokens look by cross-attention; in the
-    mean, or in the ``nth`` cross-attention alone."""
+    mean, or in the ``nth`` cross-attention alone; by ``params`` instead of the model's own where they are given."""
+    params = model.params if params is None else params
     found: list[np.ndarray] = []
     host = jax.tree.map(np.asarray, images)
     for start in range(0, len(images), LOOKS_AT_ONCE):
         numbers = np.arange(start, start + min(LOOKS_AT_ONCE, len(images)))
         arrays = host.take(np.minimum(numbers, len(images) - 1).tolist()).arrays
-        found += [*np.asarray(pure.looks(model.graphdef, model.params, arrays, nth))]
+        found += [*np.asarray(pure.looks(model.graphdef, params, arrays, nth))]
     return found[: len(images)]
 
 

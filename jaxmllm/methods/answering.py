@@ -29,14 +29,12 @@ from jaxmllm.decoding.sampling import Sampling
 from jaxmllm.errors import InputError
 from jaxmllm.methods import tails
 from jaxmllm.methods.base import Method, Second
-from jaxmllm.methods.first import AskIn, Count, First, one_image
+from jaxmllm.methods.first import AskIn, Count, Evidence, First, one_image
 from jaxmllm.methods.regions import Box, ImageMap
 from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.edits import Edits, Positions
 from jaxmllm.processing import ImageLike, as_list, make_prompt, open_image
-
-Evidence = Sequence[Sequence[Sequence[float]] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +81,7 @@ def answer(
     questions: Sequence[str],
     *,
     method: Method | None = None,
-    evidence: Evidence | None = None,
+    evidence: Sequence[Evidence] | None = None,
     **options: Any,
 ) -> Answers:
     """Answers questions about images.
@@ -121,7 +119,7 @@ def answer_by(
     method: Method,
     *,
     ask_in: AskIn | None = None,
-    evidence: Evidence | None = None,
+    evidence: Sequence[Evidence] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling | None = None,
     key: Array | None = None,

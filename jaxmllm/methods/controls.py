@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,14 +11,12 @@ from PIL import Image
 
 from jaxmllm.errors import InputError
 from jaxmllm.methods.base import Method, Number, Second
-from jaxmllm.methods.first import First, one_image
-from jaxmllm.methods.regions import Box, Edge, inside, squared
-
-Evidence = Sequence[Sequence[Edge]] | None
+from jaxmllm.methods.first import Evidence, First, one_image
+from jaxmllm.methods.regions import Box, inside, squared
 
 
 @dataclasses.dataclass(frozen=True)
-class Crop(Method):
+class Crop(Method, abc.ABC):
     """Answers from the image and a square part of it.
 
     Attributes:
@@ -35,6 +33,7 @@ class Crop(Method):
     def weight(self) -> int:
         return 2
 
+    @abc.abstractmethod
     def box(self, size: tuple[int, int], number: int, evidence: Evidence) -> Box:
         """Which part of a picture is shown.
 
@@ -43,7 +42,6 @@ class Crop(Method):
           number: what the example is counted as.
           evidence: its known evidence boxes; ``None`` where they are not known.
         """
-        raise NotImplementedError
 
     def second(self, first: First) -> Second:
         one_image(first.inputs, self.name)

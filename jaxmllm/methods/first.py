@@ -17,13 +17,15 @@ from jaxmllm.decoding.generate import Prompts, ending_of, room_for, run_prompts,
 from jaxmllm.decoding.rules import Decoded, OneByOne
 from jaxmllm.errors import InputError
 from jaxmllm.methods import tails
-from jaxmllm.methods.regions import ImageMap
+from jaxmllm.methods.regions import Edge, ImageMap
 from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import ATTENTION, Capture
 from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs
 from jaxmllm.processing import make_prompt, prepare
 
+# Known evidence boxes of an example in pixels; ``None`` where they are not known.
+Evidence = Sequence[Sequence[Edge]] | None
 # Another question as it is asked about an example, plain or as a whole prompt: question, number of the example -> text.
 AskIn = Callable[[str, int], str]
 
@@ -65,7 +67,7 @@ class First:
     questions: Sequence[str]
     ask_in: AskIn
     row_numbers: tuple[int, ...]
-    evidence: tuple[Sequence[Sequence[float]] | None, ...]
+    evidence: tuple[Evidence, ...]
     inputs: Inputs
     edits: Edits | None
     prompts: Prompts
@@ -116,7 +118,7 @@ class First:
         parts = [values[..., row, : counts[row]] for row in range(len(counts))]
         if self.model.family.patch_boxes is None:
             return parts
-        looks = looks_of(self.model, images, nth)
+        looks = looks_of(self.model, images, nth, self.params)
         return [part @ look for part, look in zip(parts, looks, strict=True)]
 
     def maps(self, values: Sequence[Float[np.ndarray, " _"]]) -> tuple[ImageMap, ...]:

@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from jaxmllm.decoding import beams
 from jaxmllm.decoding.cache import Cache, with_room
-from jaxmllm.decoding.generate import Prompts
+from jaxmllm.decoding.generate import Prompts, ending_of, room_for, run_prompts, run_tokens
 from jaxmllm.decoding.rules import Decoding, Ending
 from jaxmllm.errors import InputError
 from jaxmllm.methods import Opera, opera
 from jaxmllm.models.edits import LayerEdits
 from jaxmllm.models.layout import make_layout
 from tests.support.rivals import opera as rival
+from tests.support.tiny import LAYOUTS, make_inputs
 
 VOCAB, EOS, LIMIT, PROMPT, IMAGE = 40, 1, 40, 20, (4, 11)
 
@@ -113,6 +115,32 @@ def test_scripted_attention(seed, options, back_to, monkeypatch):
     backs = len(places)
     last = 1  # the tokens of the last step are not run any more
     assert int(done.passes) == beams_ * (steps * (candidates + 1) - last + backs)
+
+
+def test_beams_on_a_model(plain_pair):
+    """The tree of beams in the cache against PyTorch's whole sequences: beams reordered, columns judged, edits none."""
+    inputs = make_inputs(plain_pair, LAYOUTS["unlike_lengths"], "left")
+    model, room, limit = plain_pair.jax, room_for(14), 14
+    rule = Opera(beams=3, candidates=3).rule(model.num_layers, None)
+    prompts, cache = run_prompts(
+        model.graphdef, model.params, model.as_inputs(inputs, bucketed=True), None, rule.capture, room
+    )
+    done = run_tokens(
+        model.graphdef, model.params, prompts, cache, None, rule, None, ending_of(model, ()), np.int32(limit), room
+    )
+    for row, mask in enumerate(inputs["attention_mask"]):
+        prompt = inputs["input_ids"][row][mask.astype(bool)].tolist()
+        pixels = torch.from_numpy(inputs["pixel_values"][row : row + 1])
+        shown = [place for place, token in enumerate(prompt) if token == plain_pair.image_token]
+
+        def whole(tokens, pixels=pixels):
+            with torch.no_grad():
+                out = plain_pair.torch(input_ids=torch.tensor([tokens]), pixel_values=pixels, output_attentions=True)
+            return out.logits[0, -1].numpy(), out.attentions[-1][0].max(0).values.numpy()
+
+        theirs = rival.opera(whole, prompt, (shown[0], shown[-1]), eos=-1, max_new_tokens=limit, beams=3, candidates=3)
+        assert np.asarray(done.tokens)[row, :limit].tolist() == theirs.tokens
+        assert any(parent != beam for step in theirs.trace for beam, (parent, _) in enumerate(step.chosen))
 
 
 def test_column_scores():
