@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from jaxmllm.errors import InputError, JaxmllmError
+from jaxmllm.parallel import libtpu
 
 app = typer.Typer(
     help="Where does vision meet language? Multimodal LLMs in JAX, for interpretability.",
@@ -21,7 +23,17 @@ app = typer.Typer(
 
 DEMO = Path(__file__).parent / "demo"
 
-Logdir = Annotated[Path, typer.Option(help="New folder for TensorBoard's files and the Parquet tables.")]
+Logdir = Annotated[
+    str,
+    typer.Option(
+        help="Folder for TensorBoard's files and the tables, a path or a URL such as gs://bucket/run; a run that "
+        "stopped goes on."
+    ),
+]
+Mesh = Annotated[
+    str | None,
+    typer.Option(help="Devices for examples and for the parts of the model: data=4,model=2; by default chosen."),
+]
 Curves = Annotated[
     list[str],
     typer.Option(
@@ -29,7 +41,7 @@ Curves = Annotated[
         help="What to do at each layer: erase, blind or knockout; add :from, :up_to or an odd window (knockout:9).",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Questions computed together, at most.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions each device computes together, at most.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Run everything for every layer: slow; the fast way's oracle.")]
 Budget = Annotated[
     float | None,
@@ -117,6 +129,7 @@ def sweep(
     budget: Budget = None,
     cache: Cache = None,
     cache_limit: CacheLimit = 4.0,
+    mesh: Mesh = None,
 ) -> None:
     """Hides the image at every layer of a model and reports how the answers suffer.
 
@@ -126,7 +139,7 @@ def sweep(
     from jaxmllm.commands.study import Options, study_benchmark, study_file
     from jaxmllm.evaluation.request import Request
 
-    options = Options(edits, batch_size, dtype, examples, plain, budget, cache, cache_limit)
+    options = Options(edits, batch_size, dtype, examples, plain, budget, cache, cache_limit, mesh)
     if benchmark is not None and questions is None and images is None:
         request = Request(
             model=model,
@@ -155,11 +168,35 @@ def convert(
         str | None, typer.Option(help="Type of the stored weights; by default the checkpoint's own.")
     ] = None,
 ) -> None:
-    """Converts a Hugging Face checkpoint into an Orbax store."""
-    from jaxmllm.model import convert_checkpoint
+    """Converts a Hugging Face checkpoint into an Orbax store, piece by piece, each read back and compared.
 
-    convert_checkpoint(source, destination, param_dtype)
-    Console().print(f"wrote {destination}")
+    A conversion that was stopped, even by a kill, goes on when the same command is given again.
+    """
+    from jaxmllm.commands.conversion import convert_and_report
+
+    convert_and_report(source, destination, param_dtype)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Orbax store, checkpoint folder, or org/name on the hub.")],
+    destination: Annotated[Path, typer.Argument(help="New folder, which transformers can load.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the written weights; by default that of the source.")
+    ] = None,
+) -> None:
+    """Writes weights as a Hugging Face folder: config.json, processor files, safetensors."""
+    from jaxmllm.commands.conversion import export_and_report
+
+    export_and_report(source, destination, dtype)
+
+
+@app.command()
+def verify(store: Annotated[Path, typer.Argument(help="Orbax store written by `jaxmllm convert`.")]) -> None:
+    """Reads a whole store and compares it with the checksums taken when it was written."""
+    from jaxmllm.commands.conversion import verify_and_report
+
+    verify_and_report(store)
 
 
 @app.command()
@@ -168,7 +205,11 @@ def evaluate(
     benchmark: Annotated[str, typer.Option(help=BENCHMARKS)],
     data: Data = None,
     logdir: Annotated[
-        Path | None, typer.Option(help="Folder of the run, by default one under runs/; a run that stopped goes on.")
+        str | None,
+        typer.Option(
+            help="Folder of the run, a path or a URL such as gs://bucket/run, by default one under runs/; a run that "
+            "stopped goes on."
+        ),
     ] = None,
     split: Split = None,
     limit: Limit = None,
@@ -197,6 +238,7 @@ def evaluate(
     budget: Budget = None,
     skip_bad: SkipBad = False,
     examples: Annotated[int, typer.Option(min=0, help="Questions that are drawn with their pictures.")] = 24,
+    mesh: Mesh = None,
 ) -> None:
     """Answers a benchmark's questions and scores the answers as its official evaluator does."""
     from jaxmllm.commands.evaluation import evaluate_and_report
@@ -221,7 +263,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
     )
-    evaluate_and_report(request, logdir, batch_size, budget, examples)
+    evaluate_and_report(request, logdir, batch_size, budget, examples, mesh)
 
 
 @app.command()
@@ -230,6 +272,55 @@ def methods() -> None:
     from jaxmllm.commands.methods import print_methods
 
     print_methods()
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, Orbax store, config.json, or org/name on the hub.")],
+    topology: Annotated[str, typer.Option(help="TPU chips and how they are wired: v5e:4x4, v6e:4x4, v4:2x2x2.")],
+    job: Annotated[str, typer.Option(help="sweep, evaluate or forward (one clean pass with a study's captures).")],
+    mesh: Annotated[
+        str | None, typer.Option(help="Plan one mesh alone: data=4,model=4; by default all that make sense.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many; by default those of GQA's testdev.")] = 12_578,
+    image: Annotated[str, typer.Option(help="Width and height of a typical image in pixels.")] = "640x480",
+    image_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a typical image, instead of its size (Qwen-VL).")
+    ] = None,
+    prefix_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt before the image.")] = 8,
+    question_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt behind the image.")] = 32,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reference answer (sweep, forward).")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that evaluate generates.")] = 16,
+    edits: Curves = ["erase"],  # noqa: B006  typer copies it
+    questions_an_image: Annotated[float, typer.Option(min=1.0, help="Of a sweep, which shares images.")] = 1.0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Questions a row of the mesh takes together; by default as many as fit.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    output: Annotated[Path | None, typer.Option("--json", help="JSON file for everything.")] = None,
+) -> None:
+    """Says whether a job fits TPUs that are not there, and what it should cost, by the real compiler.
+
+    Needs no TPU and no weights, but the TPU compiler: install jaxmllm[tpu-plan].
+    """
+    from jaxmllm.commands.planning import plan_and_report, read_size
+    from jaxmllm.planning.work import Work
+
+    work = Work(
+        job=job,
+        questions=questions,
+        image=read_size(image),
+        image_tokens=image_tokens,
+        prefix_tokens=prefix_tokens,
+        question_tokens=question_tokens,
+        answer_tokens=answer_tokens,
+        new_tokens=new_tokens,
+        edits=tuple(edits),
+        a_context=questions_an_image,
+        dtype=dtype,
+        rows=batch_size,
+    )
+    plan_and_report(model, topology, work, mesh, output)
 
 
 @app.command()
@@ -249,8 +340,22 @@ def compare(
 
 def main() -> None:
     """Entry point: errors that a user can mend become one line and exit code 2."""
+    if not libtpu.has_tpu():  # it may be there to plan with, and has nothing to say then
+        libtpu.compile_only()
     try:
         app()
     except JaxmllmError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
-        sys.exit(2)
+        _leave(2)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process; one of several has not to wait for the others, who would wait for it."""
+    if "jax" in sys.modules:
+        from jaxmllm.parallel import processes
+
+        processes.leave(code)
+    sys.exit(code)

@@ -12,15 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxmllm import processing
 from jaxmllm.analysis.geometry import ImageTokens, geometry
-from jaxmllm.convert import checkpoint, store
+from jaxmllm.convert import checkpoint, export, store, streaming
+from jaxmllm.convert.names import NameTable
+from jaxmllm.convert.pieces import ConversionPlan, conversion_plan
 from jaxmllm.convert.tables import NAME_TABLES
 from jaxmllm.decoding.stopping import Endings, read_endings
 from jaxmllm.errors import CheckpointError, InputError
 from jaxmllm.models import forward as pure
+from jaxmllm.models import sharding
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs, as_inputs
@@ -39,12 +43,14 @@ class Model:
       graphdef: static structure of the family's NNX module.
       params: nested dict of arrays; the first argument of ``forward``, so that it can be traced, cast or placed.
       folder: where the checkpoint came from; holds the processor files.
+      mesh: the devices that hold the params, with axes ``data`` and ``model``; ``None`` where that is one device.
     """
 
     config: Any
     graphdef: nnx.GraphDef
     params: pure.Params
     folder: Path
+    mesh: Mesh | None = None
 
     @property
     def family(self) -> Family:
@@ -122,12 +128,12 @@ class Model:
             ``[B, R]``.
 
         Returns:
-          ``Output(logits, captured)``; logits are float32 ``[B, R, V]``.
+          ``Output(logits, captured)``; logits are float32 ``[B, R, V]``. On a mesh, B is laid along ``data``.
 
         Raises:
           InputError: arrays, layers or rows that do not fit the model.
         """
-        checked = self.as_inputs(inputs)
+        checked = sharding.put_rows(self.as_inputs(inputs), self.mesh)
         if edits is not None:
             edits.check(self.num_layers)
         capture = capture or Capture()
@@ -136,8 +142,10 @@ class Model:
                 raise InputError(
                     f"logits_at is {logits_at!r}; expected 'all', 'last', 'answer' or positions of shape (batch, rows)"
                 )
-            return pure.forward_named(self.graphdef, params, checked, edits, capture, logits_at)
-        return pure.forward_at(self.graphdef, params, checked, edits, capture, jnp.asarray(logits_at))
+            with sharding.context(self.mesh):
+                return pure.forward_named(self.graphdef, params, checked, edits, capture, logits_at)
+        with sharding.context(self.mesh):
+            return pure.forward_at(self.graphdef, params, checked, edits, capture, jnp.asarray(logits_at))
 
     def encode_images(self, params: pure.Params, inputs: Mapping[str, Any] | Inputs) -> Float[Array, "I N D"]:
         """Image tokens as the decoder receives them: vision tower and connector.
@@ -159,7 +167,8 @@ class Model:
             images = self.family.pack_images(self.config, inputs, lambda size: size)
         if images is None:
             raise InputError(f"inputs hold no images; expected {', '.join(self.family.image_inputs)}")
-        return pure.encode_images(self.graphdef, params, images.arrays)
+        with sharding.context(self.mesh):
+            return pure.encode_images(self.graphdef, params, sharding.put_rows(images.arrays, self.mesh))
 
     def geometry(
         self, inputs: Mapping[str, Any], image_sizes: Sequence[tuple[int, int]] | None = None
@@ -168,7 +177,7 @@ class Model:
         return geometry(self, inputs, image_sizes)
 
 
-def load(path: str | Path, dtype: str = "float32", param_dtype: str | None = None) -> Model:
+def load(path: str | Path, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None) -> Model:
     """Loads a multimodal LLM.
 
     Args:
@@ -177,6 +186,8 @@ def load(path: str | Path, dtype: str = "float32", param_dtype: str | None = Non
       dtype: what the model computes in: ``float32``, ``bfloat16`` or ``float16``. Norms' statistics, softmax, rotary
         angles and logits are float32 in any case.
       param_dtype: what the weights are kept in; by default ``dtype``.
+      mesh: devices to lay the model over, with axes ``data`` and ``model`` (``jaxmllm.parallel.mesh``); each process
+        reads only the parts of the weights that its devices hold. ``None`` for the default device.
 
     Raises:
       ConfigError: a config that is missing or asks for what is not implemented.
@@ -190,11 +201,13 @@ def load(path: str | Path, dtype: str = "float32", param_dtype: str | None = Non
     family = family_of(fields)
     config = family.read_config(fields)
     graphdef, skeleton = make_skeleton(family.module, config, dtype, param_dtype or dtype)
+    shardings = None if mesh is None else sharding.param_shardings(skeleton, config, mesh)
     if store.is_store(folder):
-        params = store.read_store(folder, skeleton)
+        params = store.read_store(folder, skeleton, shardings=shardings)
     else:
-        params = checkpoint.read_params(folder, NAME_TABLES[fields["model_type"]](config), skeleton)
-    return Model(config, graphdef, params, folder)
+        table = NAME_TABLES[fields["model_type"]](config)
+        params = checkpoint.read_params(folder, table, skeleton, shardings=shardings)
+    return Model(config, graphdef, params, folder, mesh)
 
 
 def make_skeleton(
@@ -236,23 +249,78 @@ def find_checkpoint(path: str | Path) -> Path:
         ) from error
 
 
-def convert_checkpoint(source: str | Path, destination: str | Path, param_dtype: str | None = None) -> None:
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    param_dtype: str | None = None,
+    on_progress: streaming.Progress = lambda done, total: None,
+) -> None:
     """Writes a checkpoint as an Orbax store with its config and processor files; ``load`` reads that too.
 
+    It is read, written and checked piece by piece. A conversion that was stopped goes on when called again; until it is
+    whole, its work lies in ``.NAME.partial`` beside the destination.
+
     Args:
-      source: a Hugging Face folder or a name on the hub.
+      source: a Hugging Face folder, a store, or a name on the hub.
       destination: a folder that does not exist yet; it appears whole or not at all.
       param_dtype: dtype of the stored weights; by default the one that ``config.json`` names, else float32.
+      on_progress: told of bytes done, and of all bytes.
+
+    Raises:
+      JaxmllmError: as ``load`` and ``jaxmllm.convert.streaming.write_store`` do.
+    """
+    folder = find_checkpoint(source)
+    streaming.refuse_existing(Path(destination))
+    table, skeleton = _names_and_skeleton(folder, param_dtype)
+    streaming.write_store(folder, Path(destination), table, skeleton, on_progress)
+
+
+def plan_conversion(source: str | Path, param_dtype: str | None = None) -> ConversionPlan:
+    """What ``convert_checkpoint`` will do, from ``config.json`` alone.
+
+    Raises:
+      JaxmllmError: as ``load`` does for the config.
+    """
+    return conversion_plan(*_names_and_skeleton(find_checkpoint(source), param_dtype))
+
+
+def export_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    dtype: str | None = None,
+    on_progress: streaming.Progress = lambda done, total: None,
+) -> tuple[str, ...]:
+    """Writes a Hugging Face folder that ``transformers`` loads; see ``jaxmllm.convert.export.write_folder``.
+
+    Args:
+      source: a store, a Hugging Face folder, or a name on the hub.
+      destination: a folder that does not exist yet; it appears whole or not at all.
+      dtype: of the written weights; by default that of the source.
+      on_progress: told of bytes done, and of all bytes.
+
+    Returns:
+      What the folder lacks, in words; empty where it has every tensor of its source.
 
     Raises:
       JaxmllmError: as ``load`` does; or the destination exists or cannot be written.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     folder = find_checkpoint(source)
-    if Path(destination).exists():
-        raise InputError(f"{destination} exists already; name a new folder or remove it")
+    streaming.refuse_existing(Path(destination))
+    table, skeleton = _names_and_skeleton(folder, "float32")
+    return export.write_folder(folder, Path(destination), table, skeleton, dtype, on_progress)
+
+
+def _names_and_skeleton(folder: Path, param_dtype: str | None) -> tuple[NameTable, dict[str, Any]]:
+    """A checkpoint's table of names and the shapes of its params, in a dtype or in the one that its config names."""
+    fields = checkpoint.read_json(folder / "config.json")
+    family = family_of(fields)
+    config = family.read_config(fields)
     if param_dtype is None:
-        fields = checkpoint.read_json(folder / "config.json")
         named = fields.get("dtype") or fields.get("torch_dtype")
         param_dtype = named if named in DTYPES else "float32"
-    model = load(folder, dtype="float32", param_dtype=param_dtype)
-    store.write_store(folder, Path(destination), model.params)
+    if param_dtype not in DTYPES:
+        raise InputError(f"dtype is {param_dtype!r}; expected one of {', '.join(DTYPES)}")
+    _, skeleton = make_skeleton(family.module, config, "float32", param_dtype)
+    return NAME_TABLES[fields["model_type"]](config), skeleton

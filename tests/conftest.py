@@ -3,7 +3,11 @@
 import os
 from pathlib import Path
 
+from jaxmllm.parallel import libtpu
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The TPU compiler, which is installed to plan for TPUs, complains at length where there is none.
+os.environ.update({} if libtpu.has_tpu() else libtpu.ENVIRONMENT)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Compiled programs are shared by the workers and kept for the next run, which then takes half the time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))

@@ -12,8 +12,9 @@ from transformers import BlipImageProcessorPil, PreTrainedTokenizerFast
 from transformers import InstructBlipProcessor as Reference
 
 import jaxmllm
-from jaxmllm.convert.store import PROCESSOR_FILES, write_store
+from jaxmllm.convert.store import PROCESSOR_FILES
 from jaxmllm.errors import ProcessorError
+from jaxmllm.model import convert_checkpoint
 from jaxmllm.processing import append_answers, encode_answers, load_processor, make_prompt, prompt_lengths
 from tests.support import tiny
 from tests.support.families import instructblip
@@ -190,6 +191,6 @@ def test_a_placeholder_that_is_not_the_configs_is_an_error(checkpoint, tmp_path)
 
 def test_a_store_carries_both_tokenizers(checkpoint, model, tmp_path):
     assert "qformer_tokenizer/tokenizer.json" in PROCESSOR_FILES
-    write_store(checkpoint, tmp_path / "store", model.params)
+    convert_checkpoint(checkpoint, tmp_path / "store")
     stored = jaxmllm.load(tmp_path / "store")
     assert_same(dict(stored.prepare([picture(0)], [LONG])), dict(model.prepare([picture(0)], [LONG])))

@@ -170,9 +170,9 @@ def answer_branches(
     def try_answers(candidates: Sequence[Answer]) -> int:
         """Tries an answer to each question on all branches that are open; how many it fits."""
         # all questions are asked, also those of no interest: blocks keep their shapes, so nothing is compiled anew
-        fitting = [answer.tokens[: setup.answer_length] for answer in candidates]
+        fitting = [answer.tokens[: setup.cut.answer_length] for answer in candidates]
         fits = np.asarray(run_blocks(sweeper, setup, questions, fitting).edited.correct)
-        whole = np.array([len(answer.tokens) <= setup.answer_length for answer in candidates])
+        whole = np.array([len(answer.tokens) <= setup.cut.answer_length for answer in candidates])
         found = np.argwhere(fits & open_ & whole)
         for branch, row in found.tolist():
             settle(branch, row, candidates[row])

@@ -14,6 +14,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.models import forward as pure
 from jaxmllm.models.boxes import TokenBoxes
 from jaxmllm.models.images import Images
+from jaxmllm.models.sharding import context, put_rows, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,8 @@ def looks_of(
     for start in range(0, len(images), LOOKS_AT_ONCE):
         numbers = np.arange(start, start + min(LOOKS_AT_ONCE, len(images)))
         arrays = host.take(np.minimum(numbers, len(images) - 1).tolist()).arrays
-        found += [*np.asarray(pure.looks(model.graphdef, params, arrays, nth))]
+        with context(model.mesh):
+            found += [*to_host(pure.looks(model.graphdef, params, put_rows(arrays, model.mesh), nth))]
     return found[: len(images)]
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +22,7 @@ from jaxmllm.models.capture import ATTENTION, EARLY_LOGITS, Capture, row_index
 from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs
 from jaxmllm.models.layout import gather_rows
+from jaxmllm.models.sharding import context, put_rows, to_host
 
 Scope = str | int  # "single", "from", "up_to", or the width of a window
 
@@ -116,9 +116,9 @@ def run_plain(
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(edits)]
         alike.setdefault((jax.tree.structure(edits), *shapes), []).append(number)
     stacks = {str(place): stack_edits([branches[n] for n in numbers]) for place, numbers in enumerate(alike.values())}
-    by_stack, clean, early, attention = jax.tree.map(
-        np.asarray, sweep_batch(model.graphdef, params, inputs, jnp.asarray(answer_ids), stacks)
-    )
+    with context(model.mesh):
+        asked, wanted = put_rows((inputs, answer_ids), model.mesh)
+        by_stack, clean, early, attention = to_host(sweep_batch(model.graphdef, params, asked, wanted, stacks))
     order = np.argsort(np.concatenate([np.array(numbers, int) for numbers in alike.values()]))
     whole = [
         jax.tree.map(lambda leaf, many=len(numbers): np.broadcast_to(leaf, (many, *leaf.shape[1:])), by_stack[name])

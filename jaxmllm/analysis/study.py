@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
-from jaxmllm.analysis.attention import attention_evolution
-from jaxmllm.analysis.blocks import run_blocks, set_up
 from jaxmllm.analysis.curves import Curves, curves_of
-from jaxmllm.analysis.generated import (
-    Answer,
-    Generated,
-    Judge,
-    answer_branches,
-    generate_answers,
-    judge_answers,
-    of_one_structure,
-)
-from jaxmllm.analysis.geometry import looks_of, patch_boxes
+from jaxmllm.analysis.generated import Generated
 from jaxmllm.analysis.maps import comparison_maps
 from jaxmllm.analysis.masking import Scope, layer_edits
 from jaxmllm.analysis.pointing import attention_mass, chance, pointing_hit
 from jaxmllm.analysis.scores import Scores
-from jaxmllm.analysis.sharing.budget import SweepPlan
-from jaxmllm.analysis.sharing.compilations import count_compilations
-from jaxmllm.analysis.sweeping import BATCH_SIZE, CACHE_LIMIT, SweepCost, Sweeper
+from jaxmllm.analysis.sweeping import SweepCost
 from jaxmllm.data.questions import Question
-from jaxmllm.decoding import batch_that_fits
-from jaxmllm.errors import InputError
 from jaxmllm.models.boxes import TokenBoxes
-from jaxmllm.models.edits import Edits
-from jaxmllm.models.inputs import Inputs
-from jaxmllm.processing import encode_answers, image_size
-
-DEFAULT_CURVES = ("erase", "blind", "blind:from", "knockout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,113 +75,6 @@ def parse_curve(name: str) -> tuple[str, Scope]:
     parsed: Scope = int(scope) if scope.isdigit() else (scope or "single")
     layer_edits(edit, parsed, 1)
     return edit, parsed
-
-
-def run_study(
-    model: Any,
-    questions: Sequence[Question],
-    curves: Sequence[str] = DEFAULT_CURVES,
-    batch_size: int = BATCH_SIZE,
-    on_progress: Callable[[float], None] = lambda done: None,
-    *,
-    plain: bool = False,
-    budget: int | None = None,
-    cache: Path | None = None,
-    cache_limit: int = CACHE_LIMIT,
-    on_plan: Callable[[SweepPlan], None] = lambda plan: None,
-    judge: Judge | None = None,
-    on_answers: Callable[[int], None] = lambda known: None,
-) -> Study:
-    """Runs the clean pass and every masking curve over all questions.
-
-    Args:
-      model: a loaded model.
-      questions: of ``read_questions``, one image each.
-      curves: edits with their scope: ``erase``, ``blind``, ``knockout``, followed by ``:from``, ``:up_to`` or the width
-        of a window where more than layer i is meant.
-      batch_size: questions a chunk, at most.
-      on_progress: called with the number of questions done.
-      plain: run everything for every branch instead of what changes.
-      budget: bytes of device memory that may be taken, weights included; by default what the device grants.
-      cache, cache_limit: folder for keys that serve every question, and the bytes it may take.
-      on_plan: called with the plan before the sweep runs.
-      judge: where answers are to be generated under every branch, what scores them.
-      on_answers: called with the number of answers known, of all branches and questions.
-
-    Raises:
-      JaxmllmError: unknown curves, unreadable images, answers without tokens, a budget that is too small.
-    """
-    if not questions:
-        raise InputError("no questions to study")
-    branches, place = branches_of(curves, model.num_layers)
-    answers = encode_answers(model.processor, [question.answer for question in questions])
-    clean: list[Answer] = []
-    size, (alike, idle) = batch_size, of_one_structure(branches)
-    if judge is not None:
-        size = _answers_together(model, questions, idle, judge.max_new_tokens, batch_size, budget)
-        clean = generate_answers(model, questions, range(len(questions)), idle, judge.max_new_tokens, size)
-    longest = max(len(tokens) for tokens in (*answers, *(answer.tokens for answer in clean)))
-    setup = set_up(model, questions, branches, longest, batch_size, plain, budget)
-    if setup.plan is not None:
-        on_plan(setup.plan)
-    tokens: dict[int, TokenBoxes] = {}
-    looks: dict[int, np.ndarray] = {}
-
-    def look(rows: list[int], opened: list[Image.Image], inputs: Inputs) -> None:
-        tokens.update(zip(rows, patch_boxes(model, [image.size for image in opened]), strict=True))
-        if model.family.patch_boxes is not None and inputs.images is not None:
-            looks.update(zip(rows, looks_of(model, inputs.images), strict=True))
-
-    with count_compilations() as compilations:
-        sweeper = Sweeper(model, branches, setup.shapes, setup.plan, compilations, cache=cache, cache_limit=cache_limit)
-        scores = run_blocks(sweeper, setup, questions, answers, on_progress=on_progress, on_block=look)
-        cost = sweeper.cost()
-        generated = None
-        if judge is not None:
-            found, tried = answer_branches(
-                sweeper, setup, questions, alike, clean, judge.max_new_tokens, size, on_answers
-            )
-            generated = judge_answers(judge, questions, clean, found, place, tried)
-    edited = {name: jax.tree.map(lambda leaf, at=at: leaf[at], scores.edited) for name, at in place.items()}
-    return Study(
-        questions=tuple(questions),
-        edited=edited,
-        clean=scores.clean,
-        early=scores.early,
-        attention=scores.attention,
-        hellinger=np.asarray(attention_evolution(scores.attention)),
-        tokens=tuple(tokens[number] for number in range(len(questions))),
-        looks=tuple(looks.get(number) for number in range(len(questions))),
-        cost=cost,
-        generated=generated,
-    )
-
-
-def _answers_together(
-    model: Any,
-    questions: Sequence[Question],
-    edits: Edits,
-    max_new_tokens: int,
-    batch_size: int,
-    budget: int | None,
-) -> int:
-    """How many questions are answered at a time, by the largest image with the longest question."""
-    longest = max((question.text for question in questions), key=len)
-    images = dict.fromkeys(question.image for question in questions)
-    largest = max(images, key=lambda image: int(np.prod(image_size(image))))
-    one = model.prepare([largest], [longest])
-    most = min(batch_size, len(questions))
-    return batch_that_fits(model, one, max_new_tokens, most=most, edits=edits, budget=budget)
-
-
-def branches_of(curves: Sequence[str], num_layers: int) -> tuple[list[Edits], dict[str, slice]]:
-    """The edits of all curves, one after another, and where each curve's are."""
-    branches: list[Edits] = []
-    place = {}
-    for name in dict.fromkeys(curves):
-        place[name] = slice(len(branches), len(branches) + num_layers)
-        branches += layer_edits(*parse_curve(name), num_layers)
-    return branches, place
 
 
 @dataclasses.dataclass(frozen=True)

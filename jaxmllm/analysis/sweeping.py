@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 
 from jaxmllm.analysis.masking import Scope, layer_edits, run_plain
 from jaxmllm.analysis.scores import BlockScores, Scores, join_scores
-from jaxmllm.analysis.sharing.budget import Lengths, SweepPlan, plan_sweep
+from jaxmllm.analysis.sharing.budget import BLOCK_ROWS, Lengths, SweepPlan, plan_sweep
 from jaxmllm.analysis.sharing.compilations import Compilations, count_compilations
 from jaxmllm.analysis.sharing.engine import Engine
 from jaxmllm.analysis.sharing.keys import SharedKeys
@@ -25,6 +26,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.models import forward as pure
 from jaxmllm.models.edits import Edits, Positions
 from jaxmllm.models.inputs import Inputs
+from jaxmllm.models.sharding import rows_of_mesh
 from jaxmllm.processing import append_answers, encode_answers
 
 BATCH_SIZE = 16
@@ -125,8 +127,12 @@ class Sweeper:
         self.engine = None
         # a hook may do anything, so nothing can be said of what it leaves unchanged
         if plan is not None and not any(edits.hooks for edits in self.branches):
-            keys = SharedKeys(plan.keys, cache, cache_limit)
-            self.engine = Engine(model.graphdef, self.params, model.config, keys, compilations, plan.keep_layers)
+            # what several processes hold between them is not one process's to write
+            alone = model.mesh is None or not model.mesh.is_multi_process
+            keys = SharedKeys(plan.keys, cache if alone else None, cache_limit)
+            self.engine = Engine(
+                model.graphdef, self.params, model.config, keys, compilations, plan.keep_layers, model.mesh
+            )
 
     def run(
         self,
@@ -170,12 +176,14 @@ def plan_for(
     a_context: float,
     batch_size: int = BATCH_SIZE,
     budget: int | None = None,
+    most: int = BLOCK_ROWS,
 ) -> SweepPlan:
-    """``plan_sweep`` for a loaded model.
+    """``plan_sweep`` for a loaded model; on a mesh, for one device: its part of the weights and of the questions.
 
     Raises:
       InputError: the budget does not hold a single question.
     """
+    data = rows_of_mesh(model.mesh)
     return plan_sweep(
         model.config,
         branches,
@@ -184,15 +192,18 @@ def plan_for(
         weights=size_of(model.params),
         layer_weights=size_of(model.params["decoder"]["layers"]),
         batch_size=batch_size,
-        questions=questions,
+        questions=-(-questions // data),
         a_context=a_context,
         budget=budget,
+        most=-(-most // data),
     )
 
 
 def size_of(params: Any) -> int:
-    """Bytes of all leaves."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    """Bytes of all leaves on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)
+    )
 
 
 def sweep(
@@ -222,8 +233,8 @@ def sweep(
       scope: which layers each branch edits; see ``layer_edits``.
       params: weights to use instead of ``model.params``.
       plain: run everything for every branch, in one batch; slow, and what the fast way is checked against.
-      batch_size: questions a chunk, at most.
-      budget: bytes of device memory that the sweep may take, weights included; by default what the device grants.
+      batch_size: questions a chunk of each device, at most.
+      budget: bytes of a device's memory that the sweep may take, weights included; by default what the device grants.
       cache: folder in which keys that serve every question are kept for later sweeps, up to 4 GB.
 
     Raises:
@@ -246,7 +257,8 @@ def sweep(
         plan = plan_for(model, branches, lengths_of(rows), len(rows), len(rows) / many, batch_size, budget)
         questions, answer = [row.length(Segment.QUESTION) for row in rows], max(map(answer_length, rows))
         bodies = [row.length(Segment.BODY) for row in rows] if model.family.tokens_vary else []
-        shapes, block = choose_shapes(questions, answer, many, plan.rows, bodies), plan.block
+        shapes = choose_shapes(questions, answer, many, plan.rows, bodies)
+        block = plan.block * rows_of_mesh(model.mesh)
     with count_compilations() as compilations:
         sweeper = Sweeper(model, branches, shapes, plan, compilations, params, None if cache is None else Path(cache))
         scores = join_scores(

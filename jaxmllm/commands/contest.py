@@ -12,7 +12,7 @@ from jaxmllm.data.parquet import write_parquet
 from jaxmllm.data.small_scenes import small_scene_questions
 from jaxmllm.evaluation.contest import Contest, outcome_rows, result_rows, run_contest
 from jaxmllm.evaluation.contestants import read_lineup
-from jaxmllm.evaluation.settings import write_json
+from jaxmllm.files import write_json
 from jaxmllm.model import load
 from jaxmllm.report import contest as reports
 from jaxmllm.report import run_folder, tables

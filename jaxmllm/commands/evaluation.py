@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from jaxmllm.evaluation.compare import Changed, Comparison, Difference, compare
 from jaxmllm.evaluation.evaluate import TABLE, Evaluation, evaluate
 from jaxmllm.evaluation.request import Request
 from jaxmllm.evaluation.results import RESULTS, SKIPPED
-from jaxmllm.evaluation.settings import write_json
+from jaxmllm.files import write_json
+from jaxmllm.parallel import processes
+from jaxmllm.parallel.job import Job, running
 from jaxmllm.report import tables
 from jaxmllm.report.cards import references_text
 from jaxmllm.report.evaluation import breakdown_table, interval, summary_table, write_report
@@ -33,74 +34,99 @@ def default_logdir(request: Request) -> Path:
 
 
 def evaluate_and_report(
-    request: Request, logdir: Path | None, batch_size: int | None, budget: float | None, examples: int
+    request: Request,
+    logdir: str | Path | None,
+    batch_size: int | None,
+    budget: float | None,
+    examples: int,
+    mesh: str | None = None,
 ) -> None:
     """Runs an evaluation with a progress bar, writes TensorBoard's files and prints the summary.
 
     Args:
       request: what is asked of whom.
-      logdir: folder of the run; by default one under ``runs``.
+      logdir: folder of the run, a path or a URL; by default one under ``runs``.
       batch_size: questions computed together; by default as many as fit.
       budget: GB of device memory that may be taken; by default what the device grants.
       examples: questions that are drawn with their pictures.
+      mesh: sizes of the mesh; by default chosen.
 
     Raises:
       JaxmllmError: as ``evaluate``.
     """
-    console = Console()
-    folder = default_logdir(request) if logdir is None else logdir
+    processes.start()
+    place = default_logdir(request) if logdir is None else logdir
+    console = Console(quiet=processes.index() > 0)
+    try:
+        with running(place) as job:
+            evaluation = _evaluate(job, console, request, batch_size, budget, examples, mesh)
+    except (KeyboardInterrupt, processes.Preempted) as stop:
+        console.print(f"stopped; the answers in {place} are kept, and the same command goes on from there")
+        processes.leave(0 if isinstance(stop, processes.Preempted) else INTERRUPTED)
+    if evaluation is not None:
+        print_evaluation(console, evaluation, str(place))
+
+
+def _evaluate(
+    job: Job,
+    console: Console,
+    request: Request,
+    batch_size: int | None,
+    budget: float | None,
+    examples: int,
+    mesh: str | None,
+) -> Evaluation | None:
+    """The evaluation with its progress bar."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    try:
-        with Progress(*columns, console=console) as bars:
-            task = bars.add_task(f"{request.benchmark}: reading", total=None, speed="")
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(f"{request.benchmark}: reading", total=None, speed="")
 
-            def show(progress: answering.Progress) -> None:
-                speed = f"{progress.speed:.1f} examples/s"
-                bars.update(
-                    task, description=request.benchmark, completed=progress.done, total=progress.questions, speed=speed
-                )
-
-            def report(evaluation: Evaluation) -> None:
-                bars.update(task, description="writing TensorBoard")
-                write_report(evaluation, examples)
-
-            evaluation = evaluate(
-                request,
-                folder,
-                batch_size=batch_size,
-                budget=None if budget is None else int(budget * 1e9),
-                on_progress=show,
-                on_answered=report,
+        def show(progress: answering.Progress) -> None:
+            speed = f"{progress.speed:.1f} examples/s"
+            bars.update(
+                task, description=request.benchmark, completed=progress.done, total=progress.questions, speed=speed
             )
-    except KeyboardInterrupt:
-        console.print(f"stopped; the answers in {folder} are kept, and the same command goes on from there")
-        sys.exit(INTERRUPTED)
-    print_evaluation(console, evaluation)
+            job.saved()
+
+        def report(evaluation: Evaluation) -> None:
+            bars.update(task, description="writing TensorBoard")
+            write_report(evaluation, examples)
+
+        return evaluate(
+            request,
+            job.folder,
+            batch_size=batch_size,
+            budget=None if budget is None else int(budget * 1e9),
+            mesh=mesh,
+            on_progress=show,
+            on_answered=report,
+            meet=job.meet,
+        )
 
 
-def print_evaluation(console: Console, evaluation: Evaluation) -> None:
+def print_evaluation(console: Console, evaluation: Evaluation, place: str) -> None:
     """The summary of a run, and where everything is."""
-    folder, benchmark = evaluation.folder, evaluation.opened.benchmark
+    benchmark = evaluation.opened.benchmark
     console.print(tables.rich_table(summary_table(evaluation), f"{evaluation.opened.settings.model}"))
     for breakdown, scores in evaluation.summary.categories.items():
         most = dict(list(scores.items())[:MOST_CATEGORIES])
         more = "" if len(most) == len(scores) else f", {len(most)} most frequent of {len(scores)}"
         console.print(tables.rich_table(breakdown_table(breakdown, most), f"By {breakdown}{more}"))
     if evaluation.skipped:
-        _say(console, f"{len(evaluation.skipped)} questions were skipped; {folder / SKIPPED.name} lists them:")
+        _say(console, f"{len(evaluation.skipped)} questions were skipped; {place}/{SKIPPED.name} lists them:")
         for record in evaluation.skipped[:MOST_SKIPPED]:
             _say(console, f"  {record.where}: {record.problem}")
     if benchmark.submission is not None:
-        _say(console, f"In the official form: {folder / benchmark.submission(evaluation.rows).filename}")
+        _say(console, f"In the official form: {place}/{benchmark.submission(evaluation.rows).filename}")
     if evaluation.answered:
         _say(console, f"{evaluation.answered} questions answered in {evaluation.seconds:.0f} s.")
     else:
         _say(console, "Every question had been answered before.")
-    _say(console, f"Answers: {folder / RESULTS.name}, and as a table {folder / TABLE}. Look at them with")
-    _say(console, f"  tensorboard --logdir {folder} --samples_per_plugin images=100")
+    _say(console, f"Answers: {place}/{RESULTS.name}, and as a table {place}/{TABLE}. Look at them with")
+    _say(console, f"  tensorboard --logdir {place} --samples_per_plugin images=100")
 
 
 def compare_and_report(first: Path, second: Path, output: Path | None, questions: int) -> None:

@@ -16,6 +16,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.memory import default_budget, gigabytes
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.edits import Edits
+from jaxmllm.models.sharding import context, put_rows
 
 MOST_ROWS = 16
 
@@ -65,30 +66,41 @@ def bytes_needed(
     model: Any, inputs: Mapping[str, Any], max_new_tokens: int, sampling: Sampling | None, edits: Edits | None
 ) -> int:
     """Bytes that the hungrier of the two programs takes: weights, inputs, results and what it needs meanwhile."""
-    checked, room = model.as_inputs(inputs, bucketed=True), room_for(max_new_tokens)
+    checked, room = put_rows(model.as_inputs(inputs, bucketed=True), model.mesh), room_for(max_new_tokens)
     key = None if sampling is None else jax.random.key(0)
-    prompts = run_prompts.lower(model.graphdef, model.params, checked, edits, Capture(), room)
-    shapes, cache = prompts.out_info
     keys = row_keys(len(checked.input_ids), sampling, key, None)
-    tokens = run_tokens.lower(
-        model.graphdef,
-        model.params,
-        shapes,
-        cache,
-        edits,
-        OneByOne(sampling),
-        keys,
-        ending_of(model),
-        np.int32(max_new_tokens),
-        room,
-    )
     try:
-        return max(_total(program.compile().memory_analysis()) for program in (prompts, tokens))
+        with context(model.mesh):
+            prompts = run_prompts.lower(model.graphdef, model.params, checked, edits, Capture(), room)
+            compiled = prompts.compile()
+            shapes, cache = prompts.out_info if model.mesh is None else laid_out(prompts.out_info, compiled)
+            tokens = run_tokens.lower(
+                model.graphdef,
+                model.params,
+                shapes,
+                cache,
+                edits,
+                OneByOne(sampling),
+                keys,
+                ending_of(model),
+                np.int32(max_new_tokens),
+                room,
+            ).compile()
+            return max(_total(program.memory_analysis()) for program in (compiled, tokens))
     except jax.errors.JaxRuntimeError as error:
         # a TPU's compiler refuses what cannot fit
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return np.iinfo(np.int64).max
+
+
+def laid_out(results: Any, program: Any) -> Any:
+    """Shapes of a compiled program's results, laid over the mesh as it leaves them."""
+    return jax.tree.map(
+        lambda shape, layout: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout),
+        results,
+        program.output_shardings,
+    )
 
 
 def _total(analysis: Any) -> int:

@@ -24,6 +24,7 @@ from jaxmllm.models.images import bucket_of
 from jaxmllm.models.inputs import Inputs
 from jaxmllm.models.layers import Leaf
 from jaxmllm.models.layout import Layout
+from jaxmllm.models.sharding import context, put_rows, to_host
 
 MAX_NEW_TOKENS = 64
 # Slots for generated tokens are a multiple of one of these, so that unlike limits share programs.
@@ -220,19 +221,22 @@ def generate(
         edits.check(model.num_layers)
     params = model.params if params is None else params
     room = room_for(max_new_tokens)
-    prompts, cache = run_prompts(model.graphdef, params, checked, edits, capture or Capture(), room)
-    done = run_tokens(
-        model.graphdef,
-        params,
-        prompts,
-        cache,
-        edits,
-        OneByOne(sampling),
-        row_keys(batch, sampling, key, row_numbers),
-        ending_of(model, stop_tokens),
-        np.int32(max_new_tokens),
-        room,
-    )
+    keys = row_keys(batch, sampling, key, row_numbers)
+    with context(model.mesh):
+        asked = put_rows(checked, model.mesh)
+        prompts, cache = run_prompts(model.graphdef, params, asked, edits, capture or Capture(), room)
+        done = run_tokens(
+            model.graphdef,
+            params,
+            prompts,
+            cache,
+            edits,
+            OneByOne(sampling),
+            keys,
+            ending_of(model, stop_tokens),
+            np.int32(max_new_tokens),
+            room,
+        )
     return generated(model, done, prompts.captured)
 
 
@@ -248,13 +252,13 @@ def check_prompts(inputs: Inputs, max_new_tokens: int) -> None:
 
 def generated(model: Any, done: Decoded, captured: dict[str, Array]) -> Generated:
     """What was decoded, on the host and as text."""
-    width = int(done.steps)
-    tokens, lengths = np.asarray(done.tokens)[:, :width], np.asarray(done.lengths)
+    width = int(to_host(done.steps))
+    tokens, lengths = to_host(done.tokens)[:, :width], to_host(done.lengths)
     return Generated(
         tokens=tokens,
         lengths=lengths,
-        log_probabilities=np.asarray(done.log_probabilities)[:, :width],
-        stopped=np.asarray(done.stopped),
+        log_probabilities=to_host(done.log_probabilities)[:, :width],
+        stopped=to_host(done.stopped),
         texts=read_texts(model, [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]),
         captured=captured,
         recorded={name: values[:width] for name, values in done.recorded.items()},

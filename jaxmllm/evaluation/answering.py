@@ -21,11 +21,14 @@ from jaxmllm.decoding import batch_that_fits
 from jaxmllm.decoding.fit import MOST_ROWS
 from jaxmllm.errors import InputError, ProcessorError
 from jaxmllm.evaluation.request import Opened
-from jaxmllm.evaluation.run import Run
+from jaxmllm.evaluation.run import CUT, Run, nobody
+from jaxmllm.files import write_json
 from jaxmllm.methods import Method, parse_method
 from jaxmllm.methods.answering import Answered, answer_by
 from jaxmllm.methods.first import AskIn
 from jaxmllm.model import Model
+from jaxmllm.parallel.mesh import Group
+from jaxmllm.parallel.record import read_record
 from jaxmllm.processing import ImageLike, image_size, prepare
 
 # Questions that are looked at to find a large image and a long prompt.
@@ -50,6 +53,8 @@ def answer_questions(
     batch_size: int | None = None,
     budget: int | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    group: Group = Group(),
+    meet: Callable[[str], None] = nobody,
 ) -> None:
     """Answers the questions that a run has no answer to yet, and writes the answers batch by batch.
 
@@ -61,6 +66,8 @@ def answer_questions(
       batch_size: questions computed together; by default as many as fit.
       budget: bytes of device memory that may be taken, weights included; by default what the device grants.
       on_progress: called after every batch.
+      group: the processes that answer together; it takes every ``group.count``-th batch.
+      meet: waits for the other processes, at the place named.
 
     Raises:
       InputError: a picture or a prompt cannot be used (unless it is skipped), answers cannot be written, or the model's
@@ -82,19 +89,40 @@ def answer_questions(
         "sampling": settings.sampling(),
         "edits": None if settings.edits is None else parse_edits(settings.edits),
     }
+    cut = read_record(run.folder, CUT) or {}
     if batch_size is None:
-        batch_size = min(MOST_ROWS, len(source))
+        batch_size = cut.get("batch_size")
+    if batch_size is None:
+        batch_size = min(MOST_ROWS * group.data, len(source))
         one = heaviest_inputs(source, prompt, prepared)
         if one is not None:
             batch_size = max(1, batch_that_fits(model, one, most=batch_size, budget=budget, **how) // method.weight)
+    # one size for all processes, and for those that go on with the run: every digit then stays as it is
+    if group.index == 0 and group.leader:
+        write_json(run.folder / CUT, {"batch_size": batch_size})
+    meet("cut")
+    batch_size = int((read_record(run.folder, CUT) or {})["batch_size"])
     key = None if settings.seed is None else jax.random.key(settings.seed)
-    iterator = iter(batches(source, prompt, prepared, min(batch_size, len(source)), run.done()))
+    rows_a_batch = min(batch_size, len(source))
+    own = {place for place in range(len(source)) if place // rows_a_batch % group.count == group.index}
+    iterator = iter(
+        batches(
+            source,
+            prompt,
+            prepared,
+            rows_a_batch,
+            run.done(),
+            process_index=group.index,
+            process_count=group.count,
+        )
+    )
     marks = [(time.monotonic(), 0)]
     with contextlib.closing(iterator):
         for batch in iterator:
             if batch.broken and not skip_bad:
                 raise InputError(f"{batch.broken[0].where}: {batch.broken[0].problem}")
-            run.skip(batch.broken)
+            if group.leader:
+                run.skip(batch.broken)
             new = []
             if batch.inputs is not None:
                 rows_asked = filled(batch.ready, len(batch.row_numbers))
@@ -112,9 +140,10 @@ def answer_questions(
                 )
                 rows = [row_of(opened.benchmark, one, answered, place) for place, one in enumerate(batch.ready)]
                 new = [row for row in rows if row["index"] not in run.results.present]
-                run.results.append(new)
+                if group.leader:
+                    run.results.append(new)
             marks.append((time.monotonic(), marks[-1][1] + len(new)))
-            on_progress(Progress(run.count(), len(source), _speed(marks)))
+            on_progress(Progress(len(own & run.done()), len(own), _speed(marks)))
 
 
 def _asking(prompt: Callable[[Example], str], rows: Sequence[Ready]) -> AskIn:

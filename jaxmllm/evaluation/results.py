@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,29 @@ RESULTS = Form(
 )  # fmt: skip
 # Questions that were left out; index is missing (null) of records that could not be read at all.
 SKIPPED = Form("skipped.jsonl", "where", str, ("where", "problem", "index"))
+
+
+def of_process(form: Form, process: int) -> Form:
+    """The same lines in the file of one process of several; process 0 writes the file that all end up in."""
+    stem, _, ending = form.name.partition(".")
+    return form if process == 0 else dataclasses.replace(form, name=f"{stem}-{process}.{ending}")
+
+
+def take_in(file: LineFile, folder: Path) -> None:
+    """Takes the lines of other processes' files into the one that all end up in, and removes those files.
+
+    A kill between the two leaves lines in both, which the next call takes for one.
+
+    Raises:
+      InputError: as ``read_lines``, or the disk takes no more.
+    """
+    stem, _, ending = file.form.name.partition(".")
+    for path in sorted(folder.glob(f"{stem}-*.{ending}")):
+        if not re.fullmatch(rf"{stem}-\d+\.{ending}", path.name):
+            continue
+        rows = read_lines(folder, dataclasses.replace(file.form, name=path.name))
+        file.append([row for row in rows if row[file.form.key] not in file.present])
+        path.unlink()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,22 @@ import numpy as np
 from jaxmllm.data.benchmarks.base import Skipped, Source
 from jaxmllm.data.pipeline import Broken
 from jaxmllm.errors import InputError
-from jaxmllm.evaluation.results import RESULTS, SKIPPED, LineFile, appending, read_lines, read_results
-from jaxmllm.evaluation.settings import SETTINGS, SHOWN, Settings, differences, read_settings, write_json, write_text
+from jaxmllm.evaluation.results import (
+    RESULTS,
+    SKIPPED,
+    LineFile,
+    appending,
+    of_process,
+    read_lines,
+    read_results,
+    take_in,
+)
+from jaxmllm.evaluation.settings import SETTINGS, SHOWN, Settings, differences, read_settings
+from jaxmllm.files import write_json, write_text
+from jaxmllm.parallel.record import MADE_BY
 
+# How a run's questions are cut into batches.
+CUT = "cut.json"
 # Answers that are looked up in the data when a run goes on, to see that the data is still the same.
 PROBES = 64
 
@@ -54,24 +67,48 @@ class Run:
             self.skipped.append(new)
             self.left_out.update(one.index for one in broken)
 
+    def take_in(self) -> None:
+        """Takes in what other processes have written; for process 0, when they are done."""
+        take_in(self.results, self.folder)
+        take_in(self.skipped, self.folder)
+
+
+def nobody(place: str) -> None:
+    """The meeting of a process that is alone."""
+
 
 @contextlib.contextmanager
-def open_run(folder: Path, settings: Settings, source: Source, skip_bad: bool = False) -> Iterator[Run]:
+def open_run(
+    folder: Path,
+    settings: Settings,
+    source: Source,
+    skip_bad: bool = False,
+    process: int = 0,
+    meet: Callable[[str], None] = nobody,
+) -> Iterator[Run]:
     """Makes the folder of a run, or takes one up again, and locks it while the block lasts.
 
-    What is new goes again where the block fails before the first answer.
+    What is new goes again where the block fails before the first answer. Of several processes the first one makes the
+    folder, and takes in what an earlier run of several left; each then writes files of its own.
 
     Args:
       folder: of the run.
       settings: what decides its answers.
       source: the questions.
       skip_bad: whether questions that were found to be broken earlier are left out again, rather than tried again.
+      process: number of this process.
+      meet: waits for the other processes, at the place named.
 
     Raises:
       InputError: the folder holds something else, a run with other settings, or answers that are not to the source's
         questions; another process writes it; a file of it is damaged or cannot be written.
     """
+    if process > 0:
+        with _joined_run(folder, settings, process, meet) as run:
+            yield run
+        return
     known = (SETTINGS, RESULTS.name, SKIPPED.name)
+    ours = (*known, CUT, MADE_BY)
     try:
         is_made = not folder.exists()
         is_new = is_made or (folder.is_dir() and not any(folder.iterdir()))
@@ -86,6 +123,7 @@ def open_run(folder: Path, settings: Settings, source: Source, skip_bad: bool = 
                 raise InputError(f"{folder}: {SETTINGS} is missing beside {RESULTS.name}; name another folder")
             if results.present:
                 _compare(folder, settings)
+            take_in(results, folder)
             check_against(folder, source)
             write_json(folder / SETTINGS, dataclasses.asdict(settings))
             earlier = read_lines(folder, SKIPPED) if skip_bad and results.present else []
@@ -93,14 +131,33 @@ def open_run(folder: Path, settings: Settings, source: Source, skip_bad: bool = 
             listed = {row["where"]: row for row in (*map(_line, source.skipped), *left_out.values())}
             write_text(folder / SKIPPED.name, "".join(json.dumps(row) + "\n" for row in listed.values()))
             with appending(folder, SKIPPED) as skips:
+                take_in(skips, folder)
+                meet("opened")
                 yield Run(folder, settings, results, skips, set(left_out))
         except BaseException:
             if is_new and not results.present:
-                for name in known:
+                for name in ours:
                     (folder / name).unlink(missing_ok=True)
                 if is_made:
-                    folder.rmdir()
+                    with contextlib.suppress(OSError):  # other processes may still be there
+                        folder.rmdir()
             raise
+
+
+@contextlib.contextmanager
+def _joined_run(folder: Path, settings: Settings, process: int, meet: Callable[[str], None]) -> Iterator[Run]:
+    """A run that the first process has opened."""
+    meet("opened")
+    answered = {row[RESULTS.key] for row in read_lines(folder, RESULTS)}
+    skipped = read_lines(folder, SKIPPED)
+    with (
+        appending(folder, of_process(RESULTS, process)) as results,
+        appending(folder, of_process(SKIPPED, process)) as skips,
+    ):
+        results.present.update(answered)
+        skips.present.update(row[SKIPPED.key] for row in skipped)
+        left_out = {row["index"] for row in skipped} - {None, *results.present}
+        yield Run(folder, settings, results, skips, left_out)
 
 
 def _line(record: Skipped) -> dict[str, Any]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,32 +83,6 @@ def read_settings(folder: Path) -> Settings:
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not the settings of a run ({error}); take another folder") from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a file of JSON that appears whole or not at all; infinite and undefined numbers are refused."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all.
-
-    Raises:
-      InputError: it cannot be written.
-    """
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own is for its owner alone
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -34,6 +33,7 @@ from jaxmllm.methods.regions import Box, ImageMap
 from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import Capture
 from jaxmllm.models.edits import Edits, Positions
+from jaxmllm.models.sharding import context, put_rows, to_host
 from jaxmllm.processing import ImageLike, as_list, make_prompt, open_image
 
 
@@ -154,46 +154,47 @@ def answer_by(
     params = model.params if params is None else params
     numbers = tuple(range(batch)) if row_numbers is None else tuple(row_numbers)
     keys = row_keys(batch, sampling, key, row_numbers)
-    seen_by = method.views(model, checked, numbers)
-    count = Count(prompts=len(seen_by.input_ids) / batch)
-    capture = method.capture(layers).with_also(rule.capture)
-    edits = for_views(edits, batch, len(seen_by.input_ids) // batch)
-    prompts, cache = run_prompts(model.graphdef, params, seen_by, edits, capture, room, method.reader(layers))
-    first = First(
-        model=model,
-        params=params,
-        images=images,
-        questions=questions,
-        ask_in=ask_in or (lambda text, row: make_prompt(model.processor, text, 1)),
-        row_numbers=numbers,
-        evidence=tuple(evidence) if evidence is not None else (None,) * batch,
-        inputs=checked,
-        edits=edits,
-        prompts=prompts,
-        cache=cache,
-        count=count,
-    )
-    second = method.second(first)
-    if second is not None:
-        prompts, cache, edits = go_on(first, second, rule.capture, room, method.name)
-    else:
-        cache = first.cache
-    findings = jax.tree.map(np.asarray, first.prompts.findings)
-    del first  # and with it the first prompts' cache, before there is a third
-    done = run_tokens(
-        model.graphdef, params, prompts, cache, edits, rule, keys,
-        ending_of(model, stop_tokens), np.int32(max_new_tokens), room,
-    )  # fmt: skip
-    count.tokens += float(done.passes)
-    second = second or Second()
-    return Answered(
-        generated=generated(model, done, prompts.captured),
-        maps=second.maps,
-        pictures=second.pictures,
-        boxes=second.boxes,
-        findings=findings,
-        count=count,
-    )
+    with context(model.mesh):
+        seen_by = put_rows(method.views(model, checked, numbers), model.mesh)
+        count = Count(prompts=len(seen_by.input_ids) / batch)
+        capture = method.capture(layers).with_also(rule.capture)
+        edits = for_views(edits, batch, len(seen_by.input_ids) // batch)
+        prompts, cache = run_prompts(model.graphdef, params, seen_by, edits, capture, room, method.reader(layers))
+        first = First(
+            model=model,
+            params=params,
+            images=images,
+            questions=questions,
+            ask_in=ask_in or (lambda text, row: make_prompt(model.processor, text, 1)),
+            row_numbers=numbers,
+            evidence=tuple(evidence) if evidence is not None else (None,) * batch,
+            inputs=checked,
+            edits=edits,
+            prompts=prompts,
+            cache=cache,
+            count=count,
+        )
+        second = method.second(first)
+        if second is not None:
+            prompts, cache, edits = go_on(first, second, rule.capture, room, method.name)
+        else:
+            cache = first.cache
+        findings = to_host(first.prompts.findings)
+        del first  # and with it the first prompts' cache, before there is a third
+        done = run_tokens(
+            model.graphdef, params, prompts, cache, edits, rule, keys,
+            ending_of(model, stop_tokens), np.int32(max_new_tokens), room,
+        )  # fmt: skip
+        count.tokens += float(to_host(done.passes))
+        second = second or Second()
+        return Answered(
+            generated=generated(model, done, prompts.captured),
+            maps=second.maps,
+            pictures=second.pictures,
+            boxes=second.boxes,
+            findings=findings,
+            count=count,
+        )
 
 
 def go_on(first: First, second: Second, capture: Capture, room: int, name: str) -> tuple[Any, Any, Edits | None]:
@@ -212,7 +213,8 @@ def go_on(first: First, second: Second, capture: Capture, room: int, name: str) 
     one_token = second.pictures is None and second.again == "last"
     first.count.tokens += one_token
     first.count.prompts += not one_token
-    passed = run_tail(model.graphdef, first.params, first.prompts.bare(), first.cache, keep, tail, edits, capture, room)
+    before, tail = first.prompts.bare(), put_rows(tail, model.mesh)
+    passed = run_tail(model.graphdef, first.params, before, first.cache, keep, tail, edits, capture, room)
     return *passed, edits
 
 

@@ -38,6 +38,7 @@ from jaxmllm.methods.regions import (
 from jaxmllm.models.capture import ATTENTION, Capture
 from jaxmllm.models.layers import Leaf
 from jaxmllm.models.layout import Layout
+from jaxmllm.models.sharding import to_host
 
 CANDIDATES = ("fusion", "all", "deep", "shallow")
 POSTS = ("last", "mean", "fusion")
@@ -173,7 +174,7 @@ class ContrastiveReinput(Contrast):
 
     def second(self, first: First) -> Second:
         one_image(first.inputs, self.name)
-        contrast = np.asarray(first.prompts.findings["contrast"])
+        contrast = to_host(first.prompts.findings["contrast"])
         maps = first.maps(first.on_patches(contrast))
         refined = [self.refine(picture, found) for picture, found in zip(first.pictures, maps, strict=True)]
         return Second(
@@ -268,5 +269,5 @@ class ReviewMask(Contrast):
         layer = min(round(REVIEW_SHARE * layers), layers - 1) if self.layer is None else self.layer
         edits = review_mask(layer, first.prompts.findings["weights"])
         edits.check(layers)
-        maps = first.maps(first.on_patches(np.asarray(first.prompts.findings["contrast"])))
+        maps = first.maps(first.on_patches(to_host(first.prompts.findings["contrast"])))
         return Second(edits=edits, again=self.again, maps=maps)

@@ -22,6 +22,7 @@ from jaxmllm.models import forward as pure
 from jaxmllm.models.capture import ATTENTION, Capture
 from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs
+from jaxmllm.models.sharding import put_rows, to_host
 from jaxmllm.processing import make_prompt, prepare
 
 # Known evidence boxes of an example in pixels; ``None`` where they are not known.
@@ -99,7 +100,7 @@ class First:
 
     def attention(self) -> Float[np.ndarray, "L B N"]:
         """Attention of the last prompt token to the image tokens, averaged over the heads, where it was captured."""
-        return np.asarray(self.prompts.captured[ATTENTION])[:, :, 0]
+        return to_host(self.prompts.captured[ATTENTION])[:, :, 0]
 
     def on_patches(
         self, values: Float[np.ndarray, "*axes B N"], inputs: Inputs | None = None, nth: int | None = None
@@ -141,8 +142,10 @@ class First:
         self.count.prompts += 1
         if model.family.reads_question:
             inputs = model.as_inputs(prepare(processor, self.pictures, texts), bucketed=True)
-            return *run_prompts(model.graphdef, self.params, inputs, self.edits, capture, room), inputs
+            asked = put_rows(inputs, model.mesh)
+            return *run_prompts(model.graphdef, self.params, asked, self.edits, capture, room), inputs
         tail, keep = tails.of_texts(model, self.inputs, texts)
+        tail = put_rows(tail, model.mesh)
         before = self.prompts.bare(), self.cache, keep
         passed = run_tail(model.graphdef, self.params, *before, tail, self.edits, capture, room)
         return *passed, self.inputs
@@ -161,7 +164,7 @@ class First:
             np.int32(max_new_tokens),
             prompts.layout.length - prompts.ids.shape[1],
         )
-        self.count.tokens += float(done.passes)
+        self.count.tokens += float(to_host(done.passes))
         return done
 
 

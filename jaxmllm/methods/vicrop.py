@@ -23,6 +23,7 @@ from jaxmllm.methods.gradients import gradient_attention, gradient_looks, pixel_
 from jaxmllm.methods.regions import Box, ImageMap, as_patch_map, inside, search_window, within
 from jaxmllm.models.capture import ATTENTION, Capture
 from jaxmllm.models.inputs import Inputs
+from jaxmllm.models.sharding import to_host
 from jaxmllm.processing import prepare
 
 MAPS = ("rel-att", "grad-att", "pure-grad")
@@ -124,7 +125,7 @@ class ViCrop(Method):
         nth = self.cross(first) if first.model.family.patch_boxes else None
         passed, _, inputs = first.ask(self.general, self.capture(first.num_layers))
         asked = first.on_patches(first.attention()[layer], nth=nth)
-        general = first.on_patches(np.asarray(passed.captured[ATTENTION])[layer, :, 0], inputs, nth)
+        general = first.on_patches(to_host(passed.captured[ATTENTION])[layer, :, 0], inputs, nth)
         return [_ratio(one, other) for one, other in zip(asked, general, strict=True)]
 
     def weighted(self, first: First) -> list[Float[np.ndarray, " _"]]:
@@ -134,8 +135,8 @@ class ViCrop(Method):
         first.count.prompts += 1
         first.count.backward += 1
         if first.model.family.patch_boxes:
-            return [*np.asarray(gradient_looks(*arguments, self.cross(first)))]
-        return first.on_patches(np.asarray(gradient_attention(*arguments)))
+            return [*to_host(gradient_looks(*arguments, self.cross(first)))]
+        return first.on_patches(to_host(gradient_attention(*arguments)))
 
     def by_pixels(self, first: First) -> list[Float[np.ndarray, " _"]]:
         """Gradient by pixels for the question over that for the general prompt, at edges, averaged over patches.
@@ -168,7 +169,7 @@ class ViCrop(Method):
         first.count.prompts += 1
         first.count.backward += 1
         gradient = pixel_gradient(first.model.graphdef, first.params, inputs, first.edits, first.model.family.pixels)
-        return np.linalg.norm(np.asarray(gradient, np.float32), axis=1)
+        return np.linalg.norm(to_host(gradient).astype(np.float32), axis=1)
 
 
 def _ratio(one: np.ndarray, other: np.ndarray) -> np.ndarray:

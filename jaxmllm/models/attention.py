@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmllm.models.layers import Leaf
+from jaxmllm.models.sharding import MODEL, mesh_axis
 
 # Score of a query-key pair that may not attend: far below any real score, yet finite, so that a row in which
 # everything is blocked gives a distribution rather than NaN, and so that three of them can be added in float32.
@@ -96,8 +97,9 @@ def attention(
         return jax.lax.map(one_head, heads)
 
     # One head at a time keeps the scores in a CPU's cache (twice as fast); an accelerator wants all heads at once. So
-    # does a single query, whose scores are few: heads apart would each be copied.
-    if length == 1:
+    # does a single query, whose scores are few: heads apart would each be copied. Heads that lie on several devices
+    # are not gathered either.
+    if length == 1 or mesh_axis(MODEL) > 1:
         mixed = all_at_once(queries, parts)
     else:
         mixed = jax.lax.platform_dependent(queries, parts, cpu=one_by_one, default=all_at_once)

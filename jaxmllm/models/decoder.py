@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Int
 from jaxmllm.models.attention import BLOCKED, KeyValue, attention, attention_rows
 from jaxmllm.models.capture import ATTENTION, EARLY_LOGITS, Capture, Site, row_index
 from jaxmllm.models.edits import Edits, Hook, LayerEdits, ResolvedEdits, knockout_bias, resolve
+from jaxmllm.models.fused import causal_attention
 from jaxmllm.models.layers import Builder, GatedMlp, Leaf, rope_tables, rotate
 from jaxmllm.models.layout import Layout, gather_rows
+from jaxmllm.models.sharding import constrain
 from jaxmllm.models.text_config import DecoderConfig
 
 ERASE_SITE = "resid_pre"
@@ -109,6 +111,8 @@ class Tap:
 
     def mix(self, query: Array, own: KeyValue, past: Sequence[KeyValue]) -> Float[Array, "B run H E"]:
         """Attention of the run to what stands before it and to itself."""
+        if not self.edits.knockout and self.layout.mask is None and self.windows is None:
+            return causal_attention(query, own, past, self.layout.valid[:, : self.stop])
 
         def bias_of(start: int, stop: int, seen: int) -> Array:
             return self.bias(jnp.arange(self.start + start, self.start + stop)[None], seen)
@@ -141,7 +145,8 @@ class SelfAttention(nnx.Module):
         self.head_dim = width
 
     def split(self, projected: Float[Array, "B run F"]) -> Float[Array, "B run heads E"]:
-        return projected.reshape(*projected.shape[:2], -1, self.head_dim)
+        heads = projected.reshape(*projected.shape[:2], -1, self.head_dim)
+        return constrain(heads, "examples", None, "heads")
 
     def keys(self, hidden: Float[Array, "B run D"], rope: Rope) -> KeyValue:
         """What later positions see of these."""
@@ -251,6 +256,7 @@ class Decoder(nnx.Module):
             index, layer_params, *of_layer = layer
             tap = tap_of(index, *of_layer)
             hidden, own = nnx.merge(graphdef, layer_params)(hidden, rope, tap)
+            hidden = constrain(hidden, "examples")
             early = tap.capture.site(EARLY_LOGITS)
             if early is not None:
                 tap.captured[EARLY_LOGITS] = self.logits(gather_rows(hidden, tap.rows(early)))

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from jaxmllm.convert.pieces import LARGEST, conversion_plan, lay_out
 from jaxmllm.convert.plan import make_plan
 from jaxmllm.convert.tables import NAME_TABLES
 from jaxmllm.errors import CheckpointError, ConfigError
@@ -156,6 +157,28 @@ def test_buffers_that_old_files_hold_are_not_needed(name):
         buffers[re.sub(r"position_embeddings?(\.weight)?$", "position_ids", embeddings)] = (1, 577)
     _, ignored = make_plan(*ours(name), shapes | buffers, name)
     assert set(buffers) <= set(ignored)
+
+
+# --- what a conversion takes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_conversions_are_planned_from_shapes_alone(name):
+    table, skeleton = ours(name)
+    plan = conversion_plan(table, skeleton, source_itemsize=2)
+    weights = 2 * elements(leaf.shape for leaf in jax.tree.leaves(skeleton))
+    assert weights <= plan.bytes <= 1.001 * weights  # files of the last pieces may be padded
+    layouts = lay_out(table, skeleton)
+    made = [piece for layout in layouts for piece in layout.pieces()]
+    assert plan.leaves == len(jax.tree.leaves(skeleton))
+    assert plan.pieces == len(made) == len({piece.file for piece in made})
+    assert plan.largest_piece == max(piece.nbytes for piece in made) <= LARGEST
+    assert plan.peak_memory < 2.5e9
+
+
+def test_a_conversion_of_the_largest_model_is_planned_within_four_gigabytes_from_float32_too():
+    for name in ("llava-1.5-13b-hf", "llava-v1.6-34b-hf", "qwen2-vl-72b-instruct"):
+        assert conversion_plan(*ours(name), source_itemsize=4).peak_memory < 4e9
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

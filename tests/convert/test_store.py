@@ -1,6 +1,5 @@
 """The Orbax store: written whole or not at all, read back to the bit; and the folders that ``load`` cannot use."""
 
-import errno
 import json
 import shutil
 import subprocess
@@ -15,9 +14,11 @@ import pytest
 import jaxmllm
 from jaxmllm.convert import store
 from jaxmllm.convert.plan import flatten
+from jaxmllm.convert.streaming import partial_folder, verify_store
 from jaxmllm.errors import CheckpointError, ConfigError, InputError, ProcessorError
 from jaxmllm.model import convert_checkpoint, find_checkpoint
 from tests.support import tiny
+from tests.support.stores import everything_in, same_stores, write_format_1
 
 EXTRA_FILES = {
     "preprocessor_config.json": "{}",
@@ -48,10 +49,6 @@ def spoilable(converted, tmp_path):
     return Path(shutil.copytree(converted, tmp_path / "store"))
 
 
-def everything_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def assert_same_params(got, wanted):
     got, wanted = flatten(got), flatten(wanted)
     assert sorted(got) == sorted(wanted)
@@ -75,10 +72,10 @@ def test_store_carries_config_and_processor_files_unchanged_and_nothing_else(sou
     for name in ("config.json", *EXTRA_FILES):
         assert (converted / name).read_bytes() == (source / name).read_bytes()
     beside = {path.name for path in converted.iterdir()} - {path.name for path in source.iterdir()}
-    assert beside == {store.MARKER, store.PARAMS}
+    assert beside == {store.MARKER, store.PARAMS, store.CHECKSUMS}
     assert not (converted / "notes.txt").exists()
     assert not list(converted.glob("*.safetensors"))
-    assert json.loads((converted / store.MARKER).read_text()) == {"format": 1, "param_dtype": ["float32"]}
+    assert json.loads((converted / store.MARKER).read_text()) == {"format": 2, "param_dtype": ["float32"]}
 
 
 def test_nothing_is_left_beside_a_store(converted):
@@ -118,6 +115,35 @@ def test_store_converts_again(converted, tmp_path, plain_pair):
     assert_same_params(jaxmllm.load(tmp_path / "again").params, plain_pair.jax.params)
 
 
+def test_store_of_format_1_loads_and_converts(plain_pair, source, converted, tmp_path):
+    write_format_1(tmp_path / "old", source, plain_pair.jax.params)
+    assert_same_params(jaxmllm.load(tmp_path / "old").params, plain_pair.jax.params)
+    with pytest.raises(CheckpointError, match="a store of format 1 holds no checksums"):
+        verify_store(tmp_path / "old")
+    convert_checkpoint(tmp_path / "old", tmp_path / "new")
+    assert_same_params(jaxmllm.load(tmp_path / "new").params, plain_pair.jax.params)
+
+
+def test_params_are_a_plain_orbax_checkpoint(plain_pair, converted):
+    """Without jaxmllm: the tree as it is, its metadata, another type, and a part of it."""
+    import orbax.checkpoint as ocp
+
+    wanted, folder = plain_pair.jax.params, converted / store.PARAMS
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(folder)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
+        assert_same_params(restored, wanted)
+        found = flatten(checkpointer.metadata(folder).item_metadata.tree)
+        assert {leaf: (value.shape, value.dtype) for leaf, value in found.items()} == {
+            leaf: (value.shape, value.dtype) for leaf, value in flatten(wanted).items()
+        }
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), wanted)
+        rough = checkpointer.restore(folder, target)
+        assert_same_params(rough, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wanted))
+    with ocp.PyTreeCheckpointer() as checkpointer, pytest.warns(UserWarning, match="Sharding info not provided"):
+        assert_same_params(checkpointer.restore(folder), wanted)
+
+
 # --- writing that fails -----------------------------------------------------------------------------------------------
 
 
@@ -134,8 +160,6 @@ def test_destination_that_exists_is_refused_and_left_alone(source, tmp_path, kin
     with pytest.raises(InputError, match=f"{destination} exists already; name a new folder or remove it"):
         convert_checkpoint(source, destination)
     assert everything_in(tmp_path) == before
-    with pytest.raises(InputError, match="exists already"):
-        store.write_store(source, destination, {})
 
 
 def test_parent_that_is_a_file_is_refused_and_left_alone(source, tmp_path):
@@ -143,17 +167,6 @@ def test_parent_that_is_a_file_is_refused_and_left_alone(source, tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path / 'parent' / 'store'}: cannot be written"):
         convert_checkpoint(source, tmp_path / "parent" / "store")
     assert everything_in(tmp_path) == {"parent": b"a file"}
-
-
-def test_disk_that_fills_up_while_files_are_copied_leaves_nothing(source, tmp_path, monkeypatch):
-    def copyfile(source, destination):
-        Path(destination).write_text("{")
-        raise OSError(errno.ENOSPC, "No space left on device", str(destination))
-
-    monkeypatch.setattr(shutil, "copyfile", copyfile)
-    with pytest.raises(InputError, match=r"store: cannot be written \(.*No space left on device"):
-        convert_checkpoint(source, tmp_path / "store")
-    assert list(tmp_path.iterdir()) == []
 
 
 FAILING_DISK = """
@@ -190,11 +203,15 @@ def failing_disk(source, converted, tmp_path_factory):
     return (*lines, folder)
 
 
-def test_disk_that_fills_up_while_params_are_written_leaves_nothing(failing_disk):
+def test_disk_that_fills_up_while_params_are_written_keeps_the_work(failing_disk, source, converted):
     written, _, folder = failing_disk
-    assert written.startswith(f"InputError: {folder / 'empty' / 'store'}: cannot be written")
+    destination = folder / "empty" / "store"
+    assert written.startswith(f"InputError: {destination}: cannot be written")
     assert "File too large" in written
-    assert list((folder / "empty").iterdir()) == []
+    assert f"the work so far is kept in {partial_folder(destination)}. Make room, and give the same command" in written
+    assert [path.name for path in destination.parent.iterdir()] == [partial_folder(destination).name]
+    convert_checkpoint(source, destination)
+    same_stores(destination, converted)
 
 
 def test_store_with_cut_params_is_refused(failing_disk):
@@ -214,12 +231,12 @@ def test_bad_source_leaves_nothing(tmp_path, source):
 # --- reading that fails -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_store_of_another_format_is_refused_by_its_number(spoilable, version):
     marker = json.loads((spoilable / store.MARKER).read_text())
     (spoilable / store.MARKER).write_text(json.dumps(marker | {"format": version}))
     with pytest.raises(
-        CheckpointError, match=rf"store format {version!r}; this version reads format 1\. Convert again"
+        CheckpointError, match=rf"store format {version!r}; this version reads formats 1 and 2\. Convert again"
     ):
         jaxmllm.load(spoilable)
 

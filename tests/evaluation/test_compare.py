@@ -10,7 +10,8 @@ from jaxmllm.analysis.bootstrap import mean_interval
 from jaxmllm.errors import InputError
 from jaxmllm.evaluation.compare import compare
 from jaxmllm.evaluation.results import RESULTS
-from jaxmllm.evaluation.settings import Settings, write_json
+from jaxmllm.evaluation.settings import Settings
+from jaxmllm.files import write_json
 from tests.evaluation.cases import make_row
 
 SETTINGS = Settings(

@@ -59,7 +59,8 @@ def test_files_say_the_same(whole):
     evaluation, _ = whole
     folder = evaluation.folder
     assert sorted(path.name for path in folder.iterdir()) == [
-        "answers.jsonl", "results.jsonl", "results.parquet", "run.json", "skipped.jsonl", "summary.json",
+        "answers.jsonl", "cut.json", "results.jsonl", "results.parquet", "run.json", "skipped.jsonl", "summary.json",
+        "versions.json",
     ]  # fmt: skip
     table = pq.read_table(folder / "results.parquet").to_pylist()
     assert [row["prediction"] for row in table] == [row["prediction"] for row in evaluation.rows]
@@ -89,7 +90,7 @@ def test_progress_counts_what_is_on_the_disk(whole):
 @pytest.fixture
 def no_model(monkeypatch):
     """Nothing may be loaded."""
-    monkeypatch.setattr(evaluating, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluating, "load_over", lambda *args, **options: pytest.fail("the model was loaded"))
     return lambda: None
 
 

@@ -107,6 +107,7 @@ def plan_sweep(
     questions: int,
     a_context: float = 1.0,
     budget: int | None = None,
+    most: int = BLOCK_ROWS,
 ) -> SweepPlan:
     """Plans a sweep.
 
@@ -120,23 +121,24 @@ def plan_sweep(
       questions: how many will be asked.
       a_context: questions an image.
       budget: bytes of device memory for everything; by default ``default_budget()``.
+      most: questions a block, at most.
 
     Raises:
       InputError: the budget does not hold a chunk of one question; it says what is needed.
     """
     budget = default_budget() if budget is None else budget
-    lane, plans = _typical(config, branches, lengths)
+    lane, plans = typical_plans(config, branches, lengths)
     text: DecoderConfig = config.text
     late = [plan for plan in plans if waits(plan, lane)]
     acting = [plan for plan in plans if plan.path.changes_answer]
     layer_keys = (lengths.head + lengths.body) * 2 * text.num_kv_heads * text.head_dim * itemsize
     shared_keys = sum(_shared_layers(plan) for plan in late) * layer_keys
-    waiting = _kept(needs(late), lengths, text, itemsize, rows=1, contexts=0)
+    waiting = kept_bytes(needs(late), lengths, text, itemsize, rows=1, contexts=0)
     parts = {"weights": weights}
     rows = max(1, min(batch_size, questions))
     while True:
         contexts = max(1, round(rows / a_context))
-        chunk = _kept(needs(acting), lengths, text, itemsize, rows, contexts)
+        chunk = kept_bytes(needs(acting), lengths, text, itemsize, rows, contexts)
         chunk += _work(config, lengths, itemsize, rows, contexts) + layer_keys
         left = budget - weights - chunk - rows * waiting
         if left >= 0:
@@ -149,8 +151,8 @@ def plan_sweep(
         rows //= 2
     keep_layers = layer_weights <= left // 2
     left -= layer_weights if keep_layers else 0
-    block = min(max(rows, questions), BLOCK_ROWS)
-    many_blocks = questions > BLOCK_ROWS or block * waiting > left + rows * waiting
+    block = min(max(rows, questions), max(rows, most))
+    many_blocks = questions > block or block * waiting > left + rows * waiting
     keys = shared_keys if many_blocks and shared_keys <= left // 2 else 0
     left -= keys
     if waiting:
@@ -162,7 +164,7 @@ def plan_sweep(
     return SweepPlan(budget, rows, contexts, block, keep_layers, keys, parts, shared_keys, layer_keys, *passes)
 
 
-def _typical(config: Any, branches: Sequence[Edits], lengths: Lengths) -> tuple[Lane, list[Plan]]:
+def typical_plans(config: Any, branches: Sequence[Edits], lengths: Lengths) -> tuple[Lane, list[Plan]]:
     """The rule, applied to one question of the given lengths."""
     ids = np.full((1, lengths.total + 1), int(config.image_token_id == 0), np.int32)
     ids[:, lengths.head : lengths.head + lengths.body] = config.image_token_id
@@ -197,7 +199,7 @@ def _stand_in(length: int, image_tokens: int, node: Any) -> Any:
     return Positions(np.full(slots, value, np.float32), node.role)
 
 
-def _kept(needed: Needs, lengths: Lengths, text: DecoderConfig, itemsize: int, rows: int, contexts: int) -> int:
+def kept_bytes(needed: Needs, lengths: Lengths, text: DecoderConfig, itemsize: int, rows: int, contexts: int) -> int:
     """Bytes kept of the clean run of one chunk."""
     size = (lengths.head, lengths.body, lengths.question, lengths.answer)
     many = (1 if contexts else 0, contexts, rows, rows)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from jaxmllm.analysis.scores import BlockScores, Scores
@@ -32,6 +33,7 @@ from jaxmllm.analysis.sharing.work import LaneWork
 from jaxmllm.models import forward as pure
 from jaxmllm.models.edits import Edits
 from jaxmllm.models.inputs import Inputs
+from jaxmllm.models.sharding import context, rows_of_mesh, to_host
 
 
 @dataclasses.dataclass
@@ -66,6 +68,7 @@ class Engine:
       keys: where keys that serve every question are kept between blocks.
       compilations: the running count, so that its seconds can be told from the work's.
       keep_layers: keep a copy of every layer's weights, instead of cutting it out of the stack each time.
+      mesh: devices that hold the params; ``None`` where that is one device.
     """
 
     def __init__(
@@ -76,8 +79,9 @@ class Engine:
         keys: SharedKeys,
         compilations: Compilations,
         keep_layers: bool = True,
+        mesh: Mesh | None = None,
     ):
-        self.graphdef, self.params, self.config = graphdef, params, config
+        self.graphdef, self.params, self.config, self.mesh = graphdef, params, config, mesh
         self.keys, self.compilations, self.cost = keys, compilations, Cost()
         self.layer_graphdef, state = nnx.split(pure.merge(graphdef, params).decoder.layers)
         self.stacked = nnx.to_pure_dict(state)
@@ -134,7 +138,7 @@ class Engine:
         settled = settle(branches, without_images, self.config.image_token_id, text.num_layers, text.num_heads)
         shapes = shapes_of(rows, inputs, shapes) if isinstance(shapes, int) else shapes
         found = Found()
-        lanes = make_lanes(rows, inputs, shapes)
+        lanes = [lane.side_by_side(rows_of_mesh(self.mesh)) for lane in make_lanes(rows, inputs, shapes)]
         steps, done = len(branches) * sum(len(lane.chunks) for lane in lanes), 0
 
         def step(chunks: int) -> None:
@@ -144,9 +148,17 @@ class Engine:
 
         for lane in lanes:
             work = LaneWork(
-                self.graphdef, self.params, inputs, self.config.image_token_id, rows, lane, text.windows is not None
+                self.graphdef,
+                self.params,
+                inputs,
+                self.config.image_token_id,
+                rows,
+                lane,
+                text.windows is not None,
+                self.mesh,
             )
-            self.run_lane(work, answer_ids, plan_lane(settled, rows, lane, self.num_layers), found, step)
+            with context(self.mesh):
+                self.run_lane(work, answer_ids, plan_lane(settled, rows, lane, self.num_layers), found, step)
         self.cost.plain_positions += self.num_layers * sum(row.ends[-1] for row in rows)
         return self.collect(found, len(branches), len(rows), inputs.max_image_tokens)
 
@@ -193,12 +205,12 @@ class Engine:
 
         tables = {"edited": empty(branches), "early": empty(self.num_layers)}
         attention = np.zeros((self.num_layers, rows, image_tokens), np.float32)
-        for layer, where, weights in found.attention:
-            values = np.asarray(weights)[: len(where), 0]
-            attention[layer, where, : values.shape[-1]] = values
-        for table, number, where, scores in found.scores:
+        for layer, chunk, weights in found.attention:
+            values = to_host(weights)[chunk.kept, 0]
+            attention[layer, chunk.rows[chunk.kept], : values.shape[-1]] = values
+        for table, number, chunk, scores in found.scores:
             for field in dataclasses.fields(Scores):
-                values = np.asarray(getattr(scores, field.name))
-                getattr(tables[table], field.name)[number, where] = values[: len(where)]
+                values = to_host(getattr(scores, field.name))
+                getattr(tables[table], field.name)[number, chunk.rows[chunk.kept]] = values[chunk.kept]
         clean = jax.tree.map(lambda values: values[-1].copy(), tables["early"])
         return BlockScores(tables["edited"], clean, tables["early"], attention)

@@ -20,6 +20,7 @@ from jaxmllm.models.decoder import Tap
 from jaxmllm.models.edits import LayerEdits
 from jaxmllm.models.layers import Leaf, rope_tables
 from jaxmllm.models.layout import Layout, gather_rows
+from jaxmllm.models.sharding import constrain
 from jaxmllm.models.text_config import DecoderConfig
 
 
@@ -99,7 +100,7 @@ def run_layer(
         if keys_alone:
             return hidden, module.keys(hidden, rope, tap), {}
         after, own = module(hidden, rope, tap, past)
-        return after, own, tap.captured
+        return constrain(after, "examples"), own, tap.captured
 
     return in_pieces(run, hidden.shape[0], at_once, (hidden, past, layout, edits))
 
@@ -136,9 +137,9 @@ def embed(
     """Token embeddings, with image feature number ``features`` (of all images, -1 for text) in place."""
     embedded = pure.merge(graphdef, params).decoder.embed(ids)
     if images is None:
-        return embedded
+        return constrain(embedded, "examples")
     placed = images.reshape(-1, images.shape[-1])[jnp.maximum(features, 0)].astype(embedded.dtype)
-    return jnp.where((features >= 0)[..., None], placed, embedded)
+    return constrain(jnp.where((features >= 0)[..., None], placed, embedded), "examples")
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "start"))
@@ -166,7 +167,7 @@ def take_layer(stacked: pure.Params, layer: Int[Array, ""]) -> pure.Params:
 @jax.jit
 def take_rows(tree: Leaf, rows: Int[Array, " B"]) -> Leaf:
     """Rows of every leaf, in any number and order."""
-    return jax.tree.map(lambda leaf: leaf[rows], tree)
+    return jax.tree.map(lambda leaf: constrain(leaf[rows], "examples"), tree)
 
 
 @functools.partial(jax.jit, static_argnames=("start", "stop"))

@@ -54,14 +54,14 @@ class Chunk:
     Attributes:
       contexts ``[I]``: one row number a context (that context's first row).
       rows ``[B]``: row numbers.
-      kept: how many of the rows are no repeats.
+      kept ``[R]``: the places among them of the rows that are no repeats.
       owner ``[B]``: the context of each row.
       lengths: slots of head, body, question and answer.
     """
 
     contexts: Int[np.ndarray, " I"]
     rows: Int[np.ndarray, " B"]
-    kept: int
+    kept: Int[np.ndarray, " R"]
     owner: Int[np.ndarray, " B"]
     lengths: tuple[int, int, int, int]
 
@@ -95,6 +95,21 @@ class Lane:
     def content(self) -> tuple[Tier, Tier, Tier, Tier]:
         """On whose content each segment depends before any layer."""
         return (Tier.GROUP if self.shared else Tier.CONTEXT, Tier.CONTEXT, Tier.ROW, Tier.ROW)
+
+    def side_by_side(self, devices: int) -> Lane:
+        """The same chunks, so many at a time: each device of a mesh then computes one, as it would alone.
+
+        Where chunks of one shape do not come out even, the last one is repeated, and its repeats count for nothing.
+        """
+        alike: dict[tuple[int, int, int, int], list[Chunk]] = {}
+        for chunk in self.chunks:
+            alike.setdefault(chunk.lengths, []).append(chunk)
+        joined = [
+            join_chunks(chunks[start : start + devices], devices)
+            for chunks in alike.values()
+            for start in range(0, len(chunks), devices)
+        ]
+        return dataclasses.replace(self, chunks=tuple(joined))
 
     @property
     def present(self) -> tuple[bool, bool, bool, bool]:
@@ -288,7 +303,20 @@ def _chunk(packed: Sequence[Sequence[int]], width: int, size: int, lengths: tupl
     rows += rows[-1:] * (size - kept)
     # with one row a context, a repeated row has the repeated context, so that owner is the identity
     owner += [min(number, width - 1) if width == size else owner[-1] for number in range(kept, size)]
-    return Chunk(np.array(contexts), np.array(rows), kept, np.array(owner), lengths)
+    return Chunk(np.array(contexts), np.array(rows), np.arange(kept), np.array(owner), lengths)
+
+
+def join_chunks(chunks: Sequence[Chunk], count: int) -> Chunk:
+    """Chunks of one shape as one, filled up to ``count`` with repeats of the last."""
+    whole = [*chunks, *[dataclasses.replace(chunks[-1], kept=np.arange(0))] * (count - len(chunks))]
+    rows, contexts = len(chunks[0].rows), len(chunks[0].contexts)
+    return Chunk(
+        contexts=np.concatenate([chunk.contexts for chunk in whole]),
+        rows=np.concatenate([chunk.rows for chunk in whole]),
+        kept=np.concatenate([chunk.kept + place * rows for place, chunk in enumerate(whole)]),
+        owner=np.concatenate([chunk.owner + place * contexts for place, chunk in enumerate(whole)]),
+        lengths=chunks[0].lengths,
+    )
 
 
 def slots_of(rows: Sequence[Row], numbers: Int[np.ndarray, " B"], lengths: Sequence[int]) -> Int[np.ndarray, "B S"]:

@@ -40,7 +40,11 @@ class Shapes:
 
 
 def choose_shapes(
-    questions: Sequence[int], answer: int, num_contexts: int, batch_size: int, bodies: Sequence[int] = ()
+    questions: Sequence[int],
+    answer: int,
+    num_contexts: int,
+    batch_size: int,
+    bodies: Sequence[int] = (),
 ) -> Shapes:
     """Shapes for a data set.
 

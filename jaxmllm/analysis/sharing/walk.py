@@ -16,10 +16,12 @@ from jaxmllm.analysis.sharing.keys import StoredKeys, branch_name
 from jaxmllm.analysis.sharing.plan import Needs, Plan, waits
 from jaxmllm.analysis.sharing.programs import RunEdits, read_answer, run_layer, take_slice
 from jaxmllm.analysis.sharing.rule import Segment, Tier, Trajectory
+from jaxmllm.analysis.sharing.segments import Chunk
 from jaxmllm.analysis.sharing.work import LaneWork, Segments, Target
 from jaxmllm.models import forward as pure
 from jaxmllm.models.attention import KeyValue
 from jaxmllm.models.capture import ATTENTION, Capture
+from jaxmllm.models.sharding import DATA, mesh_axis, put
 
 if TYPE_CHECKING:
     from jaxmllm.analysis.sharing.engine import Engine
@@ -34,10 +36,10 @@ TAIL: Segments = (Segment.QUESTION, Segment.ANSWER)
 
 @dataclasses.dataclass
 class Found:
-    """Results as they come, still on the device: what, which branch or layer, of which rows, values."""
+    """Results as they come, still on the device: what, which branch or layer, of which chunk, values."""
 
-    scores: list[tuple[str, int, np.ndarray, Scores]] = dataclasses.field(default_factory=list)
-    attention: list[tuple[int, np.ndarray, Array]] = dataclasses.field(default_factory=list)
+    scores: list[tuple[str, int, Chunk, Scores]] = dataclasses.field(default_factory=list)
+    attention: list[tuple[int, Chunk, Array]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ CPU_POSITIONS = 1024
 
 def examples_at_once(examples: int, positions: int) -> int:
     """How many examples a run computes together: all on an accelerator, as many as a CPU's cache likes on a CPU."""
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or mesh_axis(DATA) > 1:
         return examples
     most = max(1, CPU_POSITIONS // positions)
     return next(size for size in range(min(most, examples), 0, -1) if examples % size == 0)
@@ -166,8 +168,7 @@ class Walk:
                 if shared and stored is not None:
                     stored.write(layer, run.segments[0], own)
                 if ATTENTION in captured:
-                    rows = self.work.chunk(chunk).rows[: self.work.chunk(chunk).kept]
-                    self.found.attention.append((layer, rows, captured[ATTENTION]))
+                    self.found.attention.append((layer, self.work.chunk(chunk), captured[ATTENTION]))
         return now
 
     def run(
@@ -230,7 +231,7 @@ class Walk:
         if path.wiped[layer, segment]:
             span, config = work.span((segment,), target), self.engine.config.text
             shape = (len(work.place(tier, target).numbers), span.stop - span.start, config.hidden_size)
-            return jax.device_put(np.zeros(shape, work.dtype))
+            return put(np.zeros(shape, work.dtype), work.mesh, "examples")
         known = Tier(path.tier[max(0, layer - 1), segment])
         source: States = states
         if path.from_clean(layer, segment) and not any(segment in segments for segments, _ in states):
@@ -275,7 +276,7 @@ class Walk:
                 self.engine.params,
                 states[segments, chunk],
                 place.layout.answer_positions,
-                jax.device_put(self.answer_ids[shape.rows]),
+                put(self.answer_ids[shape.rows], self.work.mesh, "examples"),
                 start=self.work.span(segments, chunk).start,
             )
-            self.found.scores.append((table, number, shape.rows[: shape.kept], scores))
+            self.found.scores.append((table, number, shape, scores))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxmllm.analysis.sharing.plan import Needs
@@ -21,6 +22,7 @@ from jaxmllm.models import forward as pure
 from jaxmllm.models.attention import KeyValue
 from jaxmllm.models.inputs import Inputs
 from jaxmllm.models.layout import Layout, allowed_pairs
+from jaxmllm.models.sharding import put
 from jaxmllm.models.text_config import DecoderConfig
 
 # Which chunk a value belongs to; ``None`` is the whole lane (tier GROUP).
@@ -54,6 +56,7 @@ class LaneWork:
     Attributes:
       inputs: of the block, as NumPy arrays.
       windows: whether any layer looks back only so far.
+      mesh: devices that examples are laid over; ``None`` where that is one device.
       hidden, keys: what is kept of the clean run, by layer, segment and target.
     """
 
@@ -64,10 +67,15 @@ class LaneWork:
     rows: Sequence[Row]
     lane: Lane
     windows: bool = False
+    mesh: Mesh | None = None
     hidden: dict[tuple[int, Segments, Target], Array] = dataclasses.field(default_factory=dict)
     keys: dict[tuple[int, Segment, Target], KeyValue] = dataclasses.field(default_factory=dict)
     _places: dict[tuple[Tier, Target], Place] = dataclasses.field(default_factory=dict)
     _weights: dict[tuple[int, Tier, Target], Array] = dataclasses.field(default_factory=dict)
+
+    def put(self, value: np.ndarray) -> Array:
+        """An array on the device, its examples laid over the mesh."""
+        return put(value, self.mesh, "examples")
 
     def chunk(self, target: Target) -> Chunk:
         return self.lane.chunks[target or 0]
@@ -111,16 +119,16 @@ class LaneWork:
             first = chunk.lengths[0] + chunk.lengths[1] + chunk.lengths[2]
             many = np.array([self.rows[number].length(Segment.ANSWER) for number in numbers])
             width = np.asarray(self.inputs.answer_positions).shape[1]
-            answers = jax.device_put((first + np.minimum(np.arange(width), many[:, None] - 1)).astype(np.int32))
+            answers = self.put((first + np.minimum(np.arange(width), many[:, None] - 1)).astype(np.int32))
         return Layout(
-            image=jax.device_put(valid & (take_slots(ids, numbers, slots) == self.image_token_id)),
-            valid=jax.device_put(valid),
-            positions=jax.device_put(take_slots(np.asarray(positions, np.int32), numbers, slots)),
-            mask=jax.device_put(take_pairs(allowed_pairs(mask), numbers, slots)) if mask.ndim == 4 else None,
+            image=self.put(valid & (take_slots(ids, numbers, slots) == self.image_token_id)),
+            valid=self.put(valid),
+            positions=self.put(take_slots(np.asarray(positions, np.int32), numbers, slots)),
+            mask=self.put(take_pairs(allowed_pairs(mask), numbers, slots)) if mask.ndim == 4 else None,
             answer_positions=answers,
             max_image_tokens=self.inputs.max_image_tokens,
             bucketed=self.inputs.bucketed,
-            place=jax.device_put(slots.astype(np.int32)) if self.windows else None,
+            place=self.put(slots.astype(np.int32)) if self.windows else None,
         )
 
     def embedded(self, segments: Segments, chunk: int) -> Float[Array, "n run D"]:
@@ -132,8 +140,8 @@ class LaneWork:
         features, images = place.features[:, span], None
         if self.inputs.images is not None and (features >= 0).any():
             shown = self.inputs.images.take(place.images)
-            images = pure.encode_images(self.graphdef, self.params, jax.device_put(shown.arrays))
-        return embed(self.graphdef, self.params, jax.device_put(ids), jax.device_put(features), images)
+            images = pure.encode_images(self.graphdef, self.params, jax.tree.map(self.put, shown.arrays))
+        return embed(self.graphdef, self.params, self.put(ids), self.put(features), images)
 
     @functools.cached_property
     def dtype(self) -> Any:
@@ -157,7 +165,7 @@ class LaneWork:
         many = len(self.place(to, chunk).numbers)
         if tier == Tier.GROUP:
             return jnp.broadcast_to(value, (many, *value.shape[1:]))
-        return take_rows(value, jax.device_put(self.chunk(chunk).owner.astype(np.int32)))
+        return take_rows(value, put(self.chunk(chunk).owner.astype(np.int32), self.mesh))
 
     def lift_keys(self, keys: KeyValue, tier: Tier, to: Tier, chunk: int) -> KeyValue:
         """Keys for the queries of a higher tier: left as they are where every context has equally many rows in turn."""
@@ -167,7 +175,7 @@ class LaneWork:
         contexts = keys.key.shape[0]
         if len(owner) % contexts == 0 and (owner == np.arange(len(owner)) // (len(owner) // contexts)).all():
             return keys
-        return take_rows(keys, jax.device_put(owner.astype(np.int32)))
+        return take_rows(keys, put(owner.astype(np.int32), self.mesh))
 
     def edits(
         self, branch: Branch, touch: Touch, layer: int, segments: Sequence[Segment], tier: Tier, target: Target
@@ -184,7 +192,7 @@ class LaneWork:
                 for term in terms
             )
 
-        scale = None if branch.head_scale is None else jax.device_put(branch.head_scale[layer])
+        scale = None if branch.head_scale is None else put(branch.head_scale[layer], self.mesh)
         return RunEdits(
             erase=masks(branch.erase, touch.inputs),
             blind=masks(branch.blind, touch.keys),
@@ -197,7 +205,7 @@ class LaneWork:
         key = (id(values), tier, target)
         if key not in self._weights:
             place = self.place(tier, target)
-            self._weights[key] = jax.device_put(take_slots(values, place.numbers, place.slots))
+            self._weights[key] = self.put(take_slots(values, place.numbers, place.slots))
         return self._weights[key]
 
     def forget(self, chunk: int, needed: Needs) -> None:

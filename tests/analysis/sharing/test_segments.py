@@ -138,7 +138,7 @@ def test_every_row_is_in_one_chunk_with_its_own_context(prompts, sizes, side):
     batch = arrays(prompts, side)
     rows, ids = rows_of(batch), batch["input_ids"]
     lanes = make_lanes(rows, inputs_of(batch), shapes)
-    kept = [int(row) for lane in lanes for chunk in lane.chunks for row in chunk.rows[: chunk.kept]]
+    kept = [int(row) for lane in lanes for chunk in lane.chunks for row in chunk.rows[chunk.kept]]
     assert sorted(kept) == list(range(len(prompts)))
 
     def text(number):
@@ -156,7 +156,7 @@ def test_every_row_is_in_one_chunk_with_its_own_context(prompts, sizes, side):
             assert chunk.rows.shape == chunk.owner.shape == (shapes.rows,) and chunk.contexts.shape == (
                 shapes.contexts,
             )
-            assert 0 < chunk.kept <= shapes.rows and chunk.lengths[Segment.QUESTION] > 0
+            assert 0 < len(chunk.kept) <= shapes.rows and chunk.lengths[Segment.QUESTION] > 0
             assert chunk.end == sum(chunk.lengths) and chunk.context_end == sum(chunk.lengths[:2])
             for row, owner in zip(chunk.rows, chunk.owner, strict=True):
                 context = chunk.contexts[owner]
@@ -164,6 +164,33 @@ def test_every_row_is_in_one_chunk_with_its_own_context(prompts, sizes, side):
                 assert all(rows[row].length(segment) <= chunk.lengths[segment] for segment in Segment)
                 if rows[row].ends[1]:
                     assert prompts[row].pictures == prompts[context].pictures
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), SIZES, st.integers(1, 4))
+def test_chunks_side_by_side_are_the_same_chunks(prompts, sizes, devices):
+    shapes = shapes_from(sizes)
+    batch = arrays(prompts, "left")
+    for lane in make_lanes(rows_of(batch), inputs_of(batch), shapes):
+        joined = lane.side_by_side(devices)
+        assert (joined.shared, joined.widest, joined.content) == (lane.shared, lane.widest, lane.content)
+        of_devices = []
+        for chunk in joined.chunks:
+            assert len(chunk.rows) == devices * shapes.rows and len(chunk.contexts) == devices * shapes.contexts
+            for device in range(devices):
+                rows = slice(device * shapes.rows, (device + 1) * shapes.rows)
+                contexts = slice(device * shapes.contexts, (device + 1) * shapes.contexts)
+                kept = chunk.kept[(chunk.kept >= rows.start) & (chunk.kept < rows.stop)] - rows.start
+                owner = chunk.owner[rows] - contexts.start
+                assert ((owner >= 0) & (owner < shapes.contexts)).all(), "a device needs another one's context"
+                if len(kept):
+                    of_devices.append((chunk.rows[rows], chunk.contexts[contexts], owner, kept, chunk.lengths))
+        alone = [(c.rows, c.contexts, c.owner, c.kept, c.lengths) for c in lane.chunks]
+
+        def plain(chunks):
+            return sorted(str([np.asarray(part).tolist() for part in chunk]) for chunk in chunks)
+
+        assert plain(of_devices) == plain(alone)
 
 
 @settings(deadline=None, max_examples=60)
