@@ -27,8 +27,7 @@ HOST_BYTES = 1_000_000_000
 
 
 # Units are as large as this, so that what is done once for all questions of one is little beside the rest, unless there
-# would be fewer than so many units: a run that is stopped loses the unit in hand, and processes divide units. Devices
-# have no say in it, so that runs on unlike ones are cut alike.
+# would be fewer than so many units: a run that is stopped loses the unit in hand, and processes divide units.
 UNIT_ROWS, UNITS = 256, 8
 
 
@@ -51,9 +50,10 @@ class Cut:
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Cut:
         """The cut that ``dataclasses.asdict`` and JSON made a record of."""
-        shapes = Shapes(**record["shapes"])
-        shapes = dataclasses.replace(shapes, questions=tuple(shapes.questions), bodies=tuple(shapes.bodies))
-        return cls(record["answer_length"], shapes, record["block"], record["rows"])
+        shapes: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in record["shapes"].items()
+        }
+        return cls(record["answer_length"], Shapes(**shapes), record["block"], record["rows"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +112,9 @@ def set_up(
     bodies = image_tokens(model, list(images))
     largest = list(images)[int(np.argmax(bodies))]
     asked = [tail - 1 for _, tail in prompts]
-    most = unit_rows(len(questions), batch_size) if cut is None else cut.block
+    most = unit_rows(len(questions), batch_size, data) if cut is None else cut.block
     if plain:
-        plan, rows, block, bodies = None, batch_size, batch_size, []
+        plan, rows, block, bodies = None, batch_size, batch_size * data, []
     else:
         lengths = Lengths(heads, max(bodies), tails - 1, answer_length)
         a_context = len(questions) / len(images)
@@ -134,10 +134,11 @@ def set_up(
     return Setup(tuple(order), cut, plan)
 
 
-def unit_rows(questions: int, rows: int) -> int:
-    """Questions a unit, at most, of so many that are computed ``rows`` at a time."""
-    share = -(-questions // UNITS)
-    return max(rows, min(UNIT_ROWS, -(-share // rows) * rows))
+def unit_rows(questions: int, rows: int, data: int = 1) -> int:
+    """Questions a unit, at most, so that each of ``data`` devices has whole chunks of ``rows`` to compute."""
+    together = rows * data
+    share = min(UNIT_ROWS, -(-questions // UNITS))
+    return -(-share // together) * together
 
 
 def image_tokens(model: Any, images: Sequence[ImageLike]) -> list[int]:

@@ -50,11 +50,14 @@ def start() -> None:
     """Joins the processes of this job, where the environment says that there are several; to be called first of all.
 
     Either the three variables ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` are set, or JAX
-    finds out by itself, as on Cloud TPU, GKE, Slurm and Open MPI. Else there is one process.
+    finds out by itself, as on Cloud TPU, GKE, Slurm and Open MPI. Else there is one process, as there is with
+    ``JAX_NUM_PROCESSES=1``.
 
     Raises:
       InputError: variables that are missing or no numbers, or processes that do not find each other.
     """
+    if os.environ.get(COUNT) == "1":
+        return
     settings = _settings()
     of_a_cluster = any(name in os.environ for name in CLUSTER_VARIABLES) or "," in os.environ.get(TPU_HOSTS, "")
     if not of_a_cluster and not libtpu.has_tpu():
@@ -73,10 +76,11 @@ def start() -> None:
         if settings:
             raise InputError(f"several processes: {error}") from error
         return  # no cluster that JAX knows
-    except RuntimeError as error:
+    except Exception as error:  # of a cluster's own service as well
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"several processes: they did not find each other ({str(error).splitlines()[0]}); check that "
-            f"{ADDRESS} can be reached from all of them and that all were started"
+            f"several processes: they did not find each other ({first}); check that all were started, and that "
+            f"{ADDRESS} can be reached from each of them. {COUNT}=1 runs this one alone"
         ) from error
     if count() > 1:
         _explain_abort()

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxmllm.analysis.sharing.budget import BLOCK_ROWS, Lengths, kept_bytes, typical_plans
+from jaxmllm.analysis.blocks import unit_rows
+from jaxmllm.analysis.sharing.budget import Lengths, kept_bytes, typical_plans
 from jaxmllm.analysis.sharing.plan import Plan, needs, waits
 from jaxmllm.analysis.sharing.programs import RunEdits, read_answer, run_layer
 from jaxmllm.analysis.sharing.rule import Segment, Tier, Trajectory
@@ -285,7 +286,7 @@ def _weigh(
     if left < 0:
         raise DoesNotFitError(usable - left, usable)
     copied = copies if copies <= left // 2 else 0
-    most = min(max(rows, math.ceil(work.questions / subject.data)), BLOCK_ROWS)
+    most = math.ceil(unit_rows(work.questions, rows, subject.data) / subject.data)
     block = max(rows, min(most, (left - copied) // waiting // rows * rows + rows)) if waiting else most
     kept = {"layer copies": copied, "kept of the clean pass": chunk, "waiting states": block * waiting}
     blocks = math.ceil(work.questions / (block * subject.data))

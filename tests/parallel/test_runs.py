@@ -234,6 +234,10 @@ def test_environment_that_is_half_set_is_told(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     with pytest.raises(InputError, match="JAX_PROCESS_ID is 2 of 2 processes; expected 0 to 1"):
         processes.start()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    processes.start()  # alone, whatever else is set
+    assert (processes.index(), processes.count()) == (0, 1)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "first")
     with pytest.raises(InputError, match="JAX_PROCESS_ID is 'first'"):
         processes.start()
