@@ -30,6 +30,7 @@ from jaxmllm.models.capture import Capture
 from jaxmllm.models.layout import Layout
 from jaxmllm.models.registry import family_named
 from jaxmllm.models.sharding import DATA, MODEL
+from jaxmllm.parallel.mesh import group_of
 from jaxmllm.planning.jobs import Batch
 from jaxmllm.planning.programs import (
     DoesNotFitError,
@@ -286,7 +287,9 @@ def _weigh(
     if left < 0:
         raise DoesNotFitError(usable - left, usable)
     copied = copies if copies <= left // 2 else 0
-    most = math.ceil(unit_rows(work.questions, rows, subject.data) / subject.data)
+    # units are those of one group of processes, on its own rows of the mesh
+    own = group_of(subject.mesh, min(device.process_index for device in subject.mesh.devices.flat)).data
+    most = math.ceil(unit_rows(work.questions, rows, own) / own)
     block = max(rows, min(most, (left - copied) // waiting // rows * rows + rows)) if waiting else most
     kept = {"layer copies": copied, "kept of the clean pass": chunk, "waiting states": block * waiting}
     blocks = math.ceil(work.questions / (block * subject.data))

@@ -95,20 +95,28 @@ def test_a_sweep_over_a_copy_in_several_processes(swept, tmp_path):
             assert row == {name: pytest.approx(value, abs=1e-4) for name, value in other.items()} or row == other
 
 
-def kill_again_and_again(command, folder, times, layouts, rng):
-    """Kills a job at moments after it has made progress; whether it was killed that often before it ended."""
+def sessions(folder):
+    """How often a run was begun."""
+    path = folder / "versions.json"
+    return len(json.loads(path.read_text())["sessions"]) if path.exists() else 0
+
+
+def kill_again_and_again(command, folder, times, layouts, rng, longest):
+    """Kills a job at moments after it has begun, up to so many seconds later; how often it was killed at work."""
+    killed = 0
     for number in range(times):
         count, devices, more = layouts[number % len(layouts)]
-        before = progress(folder) if folder.exists() else 0
+        before = sessions(folder)
         started = Started([*command, *more], count, devices)
-        went_on = started.wait_until(lambda before=before: folder.exists() and progress(folder) > before)
-        time.sleep(rng.uniform(0.0, 0.4))
+        assert started.wait_until(lambda before=before: sessions(folder) > before), started.said()
+        time.sleep(rng.uniform(0.0, longest))
+        killed += any(process.poll() is None for process in started.processes)
         for process in started.processes:
             process.send_signal(signal.SIGKILL)
         started.wait()
-        if not went_on:
-            return False
-    return True
+        if (folder / "results.parquet").exists():
+            break
+    return killed
 
 
 ALONE, TWO = (1, 1, ()), (2, 1, ())
@@ -118,17 +126,20 @@ ALONE, TWO = (1, 1, ()), (2, 1, ())
 def test_a_run_killed_three_times_ends_as_if_it_had_not_been(evaluated, tmp_path, seed):
     folder = tmp_path / "run"
     command = evaluation(folder)
-    assert kill_again_and_again(command, folder, 3, [ALONE, TWO, (1, 2, ())], random.Random(seed))
+    assert kill_again_and_again(command, folder, 3, [ALONE, TWO, (1, 2, ())], random.Random(seed), 2.0) == 3
     run(command)
     assert answers(folder) == answers(evaluated)
+
+
+LAYOUTS = [ALONE, TWO, (1, 2, ()), ALONE, (2, 2, ())]
 
 
 @pytest.mark.slow
 def test_an_evaluation_killed_at_twenty_moments(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    run(evaluation(whole, 240))
-    command, layouts = evaluation(folder, 240), [ALONE, TWO, (1, 2, ()), ALONE, (2, 2, ())]
-    assert kill_again_and_again(command, folder, 20, layouts, random.Random(1)), "it ended too early to be a test"
+    run(evaluation(whole, 384))
+    command = evaluation(folder, 384)
+    assert kill_again_and_again(command, folder, 20, LAYOUTS, random.Random(1), 0.8) == 20
     run(command)
     assert answers(folder) == answers(whole)
 
@@ -136,12 +147,10 @@ def test_an_evaluation_killed_at_twenty_moments(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_killed_at_twenty_moments(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    command, layouts = sweep(folder, 96, "--cache", tmp_path / "cache"), [ALONE, ALONE, (1, 2, ()), ALONE, TWO]
-    run(sweep(whole, 96))
-    killed = kill_again_and_again(command, folder, 20, layouts, random.Random(2))
-    assert killed or (folder / "results.parquet").exists()
-    if killed:
-        run(command, seconds=600)
+    command = sweep(folder, 384)
+    run(sweep(whole, 384))
+    assert kill_again_and_again(command, folder, 20, LAYOUTS, random.Random(2), 2.0) == 20
+    run(command, seconds=600)
     assert tables(folder) == tables(whole)
 
 
