@@ -26,7 +26,7 @@ from jaxmllm.evaluation.results import (
 )
 from jaxmllm.evaluation.settings import SETTINGS, SHOWN, Settings, differences, read_settings
 from jaxmllm.files import write_json, write_text
-from jaxmllm.parallel.record import MADE_BY
+from jaxmllm.parallel.record import MADE_BY, NOT_SHARED
 
 # How a run's questions are cut into batches.
 CUT = "cut.json"
@@ -148,6 +148,8 @@ def open_run(
 def _joined_run(folder: Path, settings: Settings, process: int, meet: Callable[[str], None]) -> Iterator[Run]:
     """A run that the first process has opened."""
     meet("opened")
+    if not (folder / SETTINGS).is_file():
+        raise InputError(NOT_SHARED.format(folder))
     answered = {row[RESULTS.key] for row in read_lines(folder, RESULTS)}
     skipped = read_lines(folder, SKIPPED)
     with (

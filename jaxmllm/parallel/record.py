@@ -15,6 +15,10 @@ from jaxmllm.files import write_json
 
 SETTINGS = "run.json"
 MADE_BY = "versions.json"
+NOT_SHARED = (
+    "{}: this process does not see what the first one wrote; give all processes a folder on a disk that they share, or "
+    "a URL (gs://bucket/run)"
+)
 PACKAGES = ("jaxmllm", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "pillow")
 
 

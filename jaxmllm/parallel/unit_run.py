@@ -20,7 +20,7 @@ from jaxmllm.errors import InputError
 from jaxmllm.files import write_json
 from jaxmllm.parallel.job import Job
 from jaxmllm.parallel.parts import PARTS, Parts
-from jaxmllm.parallel.record import MADE_BY, SETTINGS, check_same, note_versions, read_record
+from jaxmllm.parallel.record import MADE_BY, NOT_SHARED, SETTINGS, check_same, note_versions, read_record
 
 CUT = "cut.json"
 REPORT = ".report"
@@ -64,9 +64,7 @@ class UnitRun:
         self.job.meet("cut")
         settled = self.read_cut()
         if settled is None:
-            raise InputError(
-                f"{self.job.place}: {CUT} is missing, which the first process wrote; do all see one folder?"
-            )
+            raise InputError(NOT_SHARED.format(self.job.place))
         return settled
 
     def finish(self, write_report: Callable[[Path], None]) -> None:
@@ -105,6 +103,8 @@ def open_unit_run(job: Job, settings: Mapping[str, Any]) -> Iterator[UnitRun]:
     run = UnitRun(job, Parts(job.folder, job.saved))
     if not job.is_first:
         job.meet("opened")
+        if not (job.folder / SETTINGS).is_file():
+            raise InputError(NOT_SHARED.format(job.place))
         yield run
         return
     was_there = job.folder.exists()

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 import time
 
 import pyarrow.parquet as pq
@@ -218,6 +219,27 @@ def test_a_process_that_cannot_go_on_says_why_and_ends_the_others(tmp_path):
     said = started.said(0) + started.said(1)
     assert "mesh data=3,model=2 takes 6 devices and there are 2" in said and "Traceback" not in said
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("make", [evaluation, sweep])
+def test_processes_that_share_no_folder_are_told(make, tmp_path, monkeypatch):
+    """One process runs where a relative path names another folder."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setattr("tests.support.processes.COMMAND", (sys.executable, "-c", ELSEWHERE))
+    started = Started(make("run"), count=2)
+    codes = started.wait(120)
+    assert codes[1] == 2 and codes[0] == 3, (codes, started.said(0), started.said(1))
+    assert "give all processes a folder on a disk that they share" in " ".join(started.said(1).split())
+
+
+ELSEWHERE = """
+import os
+os.chdir("../one" if os.environ["JAX_PROCESS_ID"] == "1" else ".")
+from jaxmllm.cli import main
+main()
+"""
 
 
 def test_a_sweep_with_other_settings_is_refused_and_shown(swept, tmp_path):
