@@ -117,6 +117,7 @@ def test_scripted_attention(seed, options, back_to, monkeypatch):
     assert int(done.passes) == beams_ * (steps * (candidates + 1) - last + backs)
 
 
+@pytest.mark.slow
 def test_beams_on_a_model(plain_pair):
     """The tree of beams in the cache against PyTorch's whole sequences: beams reordered, columns judged, edits none."""
     inputs = make_inputs(plain_pair, LAYOUTS["unlike_lengths"], "left")

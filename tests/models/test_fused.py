@@ -176,6 +176,7 @@ def test_a_decoder_with_the_kernel_and_captured_rows(edits, on_tpu, monkeypatch)
     np.testing.assert_allclose(captured[ATTENTION], oracle[ATTENTION], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradients_through_checkpoint_and_scan(on_tpu, monkeypatch):
     _, params, hidden, *_ = decoder_parts()
 
@@ -273,6 +274,7 @@ def run_python(code, *arguments, **environment):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", "{"))]
 
 
+@pytest.mark.slow
 def test_devices_of_a_mesh_compute_their_own_examples_and_heads():
     lines = run_python(ON_A_MESH, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
     assert [spec for spec, _ in lines] == [

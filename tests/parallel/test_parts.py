@@ -138,6 +138,7 @@ def test_a_store_that_fails_is_told(monkeypatch):
             mirror.push()
 
 
+@pytest.mark.slow
 def test_runs_in_a_bucket_are_as_anywhere(tmp_path):
     """``file://`` stands for a bucket: it goes through fsspec like any other."""
     local, far = tmp_path / "local", tmp_path / "far"

@@ -242,6 +242,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_with_other_settings_is_refused_and_shown(swept, tmp_path):
     folder = tmp_path / "run"
     started = Started(sweep(folder))
