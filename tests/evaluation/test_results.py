@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmllm.errors import InputError
-from jaxmllm.evaluation.results import RESULTS, SKIPPED, appending, read_lines, read_results
+from jaxmllm.evaluation.results import RESULTS, SKIPPED, appending, of_process, read_lines, read_results, take_in
 from tests.evaluation.cases import make_row
 
 TEXTS = st.text(max_size=20)
@@ -126,3 +126,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         appending(tmp_path / "none", RESULTS),
     ):
         pass
+
+
+def test_lines_of_other_processes_are_taken_in_once(tmp_path):
+    """Also where a kill between taking them in and removing their file has left them in both."""
+    rows = [make_row(index) for index in range(5)]
+    (tmp_path / RESULTS.name).write_bytes(lines(rows[:2]))
+    (tmp_path / of_process(RESULTS, 1).name).write_bytes(lines(rows[1:4]) + b'{"index": 9, "que')
+    (tmp_path / of_process(RESULTS, 12).name).write_bytes(lines(rows[4:]))
+    (tmp_path / "results-old.jsonl").write_bytes(b"somebody's own")
+    with appending(tmp_path, RESULTS) as file:
+        take_in(file, tmp_path)
+    assert read_results(tmp_path) == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results-old.jsonl", "results.jsonl"]
