@@ -66,8 +66,8 @@ def check_same(folder: Path, there: Mapping[str, Any], now: Mapping[str, Any], w
 
 def note_versions(folder: Path, **more: Any) -> None:
     """Adds to a run's folder by what it is made now: versions, revision of the source, devices, and ``more``."""
-    known = read_record(folder, MADE_BY) or {"sessions": []}
-    write_json(folder / MADE_BY, {"sessions": [*known["sessions"], made_by() | more]})
+    known = read_record(folder, MADE_BY) or {"starts": []}
+    write_json(folder / MADE_BY, {"starts": [*known["starts"], made_by() | more]})
 
 
 def made_by() -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_differences_are_shown_and_what_does_not_matter_is_not(tmp_path):
 def test_a_run_says_by_what_it_was_made(tmp_path):
     record.note_versions(tmp_path, mesh="data=2")
     record.note_versions(tmp_path)
-    first, second = json.loads((tmp_path / record.MADE_BY).read_text())["sessions"]
+    first, second = json.loads((tmp_path / record.MADE_BY).read_text())["starts"]
     assert first["mesh"] == "data=2" and "mesh" not in second
     assert first["packages"]["jax"] and first["packages"]["jaxmllm"] and first["devices"].endswith("x cpu")
 

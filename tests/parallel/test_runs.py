@@ -64,8 +64,8 @@ def test_two_processes_answer_what_one_answers(evaluated, tmp_path):
     assert answers(folder) == answers(evaluated)
     assert sorted(path.name for path in folder.glob("results*")) == ["results.jsonl", "results.parquet"]
     assert "48 questions" in started.said(0) and "questions answered" not in started.said(1)
-    (session,) = json.loads((folder / "versions.json").read_text())["sessions"]
-    assert (session["processes"], session["groups"], session["devices"]) == (2, 2, "4 x cpu")
+    (start,) = json.loads((folder / "versions.json").read_text())["starts"]
+    assert (start["processes"], start["groups"], start["devices"]) == (2, 2, "4 x cpu")
 
 
 @pytest.mark.slow
@@ -96,10 +96,10 @@ def test_a_sweep_over_a_copy_in_several_processes(swept, tmp_path):
             assert row == {name: pytest.approx(value, abs=1e-4) for name, value in other.items()} or row == other
 
 
-def sessions(folder):
+def starts(folder):
     """How often a run was begun."""
     path = folder / "versions.json"
-    return len(json.loads(path.read_text())["sessions"]) if path.exists() else 0
+    return len(json.loads(path.read_text())["starts"]) if path.exists() else 0
 
 
 def kill_again_and_again(command, folder, times, layouts, rng, longest):
@@ -107,9 +107,9 @@ def kill_again_and_again(command, folder, times, layouts, rng, longest):
     killed = 0
     for number in range(times):
         count, devices, more = layouts[number % len(layouts)]
-        before = sessions(folder)
+        before = starts(folder)
         started = Started([*command, *more], count, devices)
-        assert started.wait_until(lambda before=before: sessions(folder) > before), started.said()
+        assert started.wait_until(lambda before=before: starts(folder) > before), started.said()
         time.sleep(rng.uniform(0.0, longest))
         killed += any(process.poll() is None for process in started.processes)
         for process in started.processes:
