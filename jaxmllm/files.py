@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and locks on them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm.errors import InputError
+
+
+def lock(descriptor: int, place: str | Path, busy: str) -> None:
+    """Locks an open file or folder until it is closed.
+
+    Args:
+      descriptor: of what is locked.
+      place: its name, for errors; ``busy`` what it means that another process has the lock.
+
+    Raises:
+      InputError: another process has the lock, or there are no locks on this file system.
+    """
+    import fcntl  # not on every platform, and needed here only
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{place}: {busy}") from None
+    except OSError as error:
+        raise InputError(f"{place}: cannot be locked ({error.strerror}); take a folder on a local disk") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

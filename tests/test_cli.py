@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,18 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import jaxmllm
 from jaxmllm import cli
+from tests.support.commands import run
 from tests.support.demo import DEMO
 
 QUESTIONS, IMAGES = DEMO / "questions" / "questions.jsonl", DEMO / "questions" / "images"
-
-
-def run(monkeypatch, *args) -> int:
-    """The exit code of a command."""
-    monkeypatch.setattr(sys, "argv", ["jaxmllm", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-        raise SystemExit(0)
-    return stop.value.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from jaxmllm.analysis import blind_image, erase_image
 from jaxmllm.analysis.generated import of_one_structure
 from jaxmllm.data.questions import read_questions
 from tests.support import tiny
+from tests.support.commands import run
 from tests.support.demo import DEMO
-from tests.test_cli import run
 
 LIMIT, NEW_TOKENS = 16, 6
 

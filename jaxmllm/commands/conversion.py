@@ -23,8 +23,7 @@ from jaxmllm.convert.streaming import Progress as OnProgress
 from jaxmllm.convert.streaming import partial_folder, verify_store
 from jaxmllm.memory import gigabytes
 from jaxmllm.model import convert_checkpoint, export_checkpoint, plan_conversion
-
-INTERRUPTED = 130  # exit code of a command that the user stopped
+from jaxmllm.parallel import processes
 
 
 def convert_and_report(source: str, destination: Path, param_dtype: str | None) -> None:
@@ -50,7 +49,7 @@ def convert_and_report(source: str, destination: Path, param_dtype: str | None) 
     except KeyboardInterrupt:
         kept = f"the work so far is kept in {unfinished}; the same command goes on" if unfinished.exists() else ""
         Console(stderr=True, soft_wrap=True).print(f"stopped; {kept or 'nothing was written'}", highlight=False)
-        sys.exit(INTERRUPTED)
+        sys.exit(processes.INTERRUPTED)
     _wrote(console, destination, plan.bytes, began)
 
 

@@ -24,7 +24,6 @@ from jaxmllm.report.evaluation import breakdown_table, interval, summary_table, 
 
 # Categories of one breakdown, and skipped records, that the console lists; files have them all.
 MOST_CATEGORIES, MOST_SKIPPED = 20, 10
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
 def default_logdir(request: Request) -> Path:
@@ -62,7 +61,7 @@ def evaluate_and_report(
             evaluation = _evaluate(job, console, request, batch_size, budget, examples, mesh)
     except (KeyboardInterrupt, processes.Preempted) as stop:
         console.print(f"stopped; the answers in {place} are kept, and the same command goes on from there")
-        processes.leave(0 if isinstance(stop, processes.Preempted) else INTERRUPTED)
+        processes.leave(0 if isinstance(stop, processes.Preempted) else processes.INTERRUPTED)
     if evaluation is not None:
         print_evaluation(console, evaluation, str(place))
 

@@ -35,7 +35,6 @@ from jaxmllm.parallel.unit_run import UnitRun, open_unit_run
 from jaxmllm.report import tables, tensorboard
 
 MOST_SKIPPED = 10  # skipped records that the console lists
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _study(model: str | Path, logdir: str | Path, options: Options, asked: Mappi
             _run_study(run, console, model, options, ask)
     except (KeyboardInterrupt, processes.Preempted) as stop:
         console.print(f"stopped; what is finished is in {logdir}, and the same command goes on from there")
-        processes.leave(0 if isinstance(stop, processes.Preempted) else INTERRUPTED)
+        processes.leave(0 if isinstance(stop, processes.Preempted) else processes.INTERRUPTED)
 
 
 def _run_study(run: UnitRun, console: Console, model: str | Path, options: Options, ask: Ask) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm.errors import CheckpointError, InputError
+from jaxmllm.files import lock
 
 JOURNAL = "journal.jsonl"
 SHOWN_DIFFERENCES = 6
@@ -87,17 +88,10 @@ def locked(folder: Path, settings: Mapping[str, Any]) -> Iterator[Journal]:
       InputError: another process is at work, or the folder holds work with other settings.
       OSError: the journal cannot be written.
     """
-    import fcntl  # not on every platform, and needed here only
-
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{folder}: another process is converting into it; wait for it, or name another destination"
-            ) from None
+        lock(descriptor, folder, "another process is converting into it; wait for it, or name another destination")
         yield Journal(folder, descriptor, _take_up(folder, descriptor, dict(settings)))
     finally:
         os.close(descriptor)

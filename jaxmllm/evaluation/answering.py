@@ -21,14 +21,14 @@ from jaxmllm.decoding import batch_that_fits
 from jaxmllm.decoding.fit import MOST_ROWS
 from jaxmllm.errors import InputError, ProcessorError
 from jaxmllm.evaluation.request import Opened
-from jaxmllm.evaluation.run import CUT, Run, nobody
+from jaxmllm.evaluation.run import Run, nobody
 from jaxmllm.files import write_json
 from jaxmllm.methods import Method, parse_method
 from jaxmllm.methods.answering import Answered, answer_by
 from jaxmllm.methods.first import AskIn
 from jaxmllm.model import Model
 from jaxmllm.parallel.mesh import Group
-from jaxmllm.parallel.record import read_record
+from jaxmllm.parallel.record import CUT, read_record
 from jaxmllm.processing import ImageLike, image_size, prepare
 
 # Questions that are looked at to find a large image and a long prompt.

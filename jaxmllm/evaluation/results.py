@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm.errors import InputError
+from jaxmllm.files import lock
+from jaxmllm.parallel.record import BUSY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,22 +122,13 @@ def appending(folder: Path, form: Form) -> Iterator[LineFile]:
     Raises:
       InputError: another process writes the file, it cannot be written, or as ``read_lines``.
     """
-    import fcntl  # not on every platform, and needed here only
-
     path = folder / form.name
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{path}: another process is writing this run; wait for it, or take another folder"
-            ) from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot be locked ({error.strerror}); take a folder on a local disk") from error
+        lock(descriptor, path, BUSY)
         rows, whole = _whole_lines(path, form)
         if os.fstat(descriptor).st_size > whole:
             os.ftruncate(descriptor, whole)

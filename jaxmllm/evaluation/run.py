@@ -24,12 +24,10 @@ from jaxmllm.evaluation.results import (
     read_results,
     take_in,
 )
-from jaxmllm.evaluation.settings import SETTINGS, SHOWN, Settings, differences, read_settings
+from jaxmllm.evaluation.settings import SHOWN, Settings, read_settings
 from jaxmllm.files import write_json, write_text
-from jaxmllm.parallel.record import MADE_BY, NOT_SHARED
+from jaxmllm.parallel.record import CUT, MADE_BY, NOT_SHARED, SETTINGS, check_same
 
-# How a run's questions are cut into batches.
-CUT = "cut.json"
 # Answers that are looked up in the data when a run goes on, to see that the data is still the same.
 PROBES = 64
 
@@ -122,7 +120,8 @@ def open_run(
             if results.present and not (folder / SETTINGS).exists():
                 raise InputError(f"{folder}: {SETTINGS} is missing beside {RESULTS.name}; name another folder")
             if results.present:
-                _compare(folder, settings)
+                there, now = (dataclasses.asdict(each) for each in (read_settings(folder), settings))
+                check_same(folder, there, now, SHOWN)
             take_in(results, folder)
             check_against(folder, source)
             write_json(folder / SETTINGS, dataclasses.asdict(settings))
@@ -166,14 +165,6 @@ def _line(record: Skipped) -> dict[str, Any]:
     """A line of ``skipped.jsonl``; only what was found when it was opened has a place in the source."""
     index = record.index if isinstance(record, Broken) else None
     return {"where": record.where, "problem": record.problem, "index": index}
-
-
-def _compare(folder: Path, settings: Settings) -> None:
-    """Raises InputError where a folder's run has other settings."""
-    changed = differences(read_settings(folder), settings, SHOWN)
-    if changed:
-        listed = "; ".join(f"{name} is {old!r} there and {new!r} now" for name, (old, new) in changed.items())
-        raise InputError(f"{folder} holds a run with other settings: {listed}. Name another folder for this run")
 
 
 def check_against(folder: Path, source: Source) -> None:

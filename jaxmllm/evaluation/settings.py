@@ -11,8 +11,8 @@ from typing import Any
 from jaxmllm.data.benchmarks.base import Source
 from jaxmllm.decoding import Sampling
 from jaxmllm.errors import InputError
+from jaxmllm.parallel.record import SETTINGS
 
-SETTINGS = "run.json"
 # Told in messages and tables, but without a say in the answers: a folder may move, a limit may grow, and which split it
 # is the fingerprint of its files says.
 SHOWN = ("model", "data", "split", "limit")

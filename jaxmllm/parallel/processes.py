@@ -26,6 +26,8 @@ START_SECONDS = 600
 GRACE_SECONDS = 20
 # Exit code of a process that ended because another one did.
 PEER_ENDED = 3
+# Exit code of a program that Ctrl-C ended.
+INTERRUPTED = 130
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Each says that there may be a cluster which JAX itself can ask: Slurm, Open MPI, several TPU slices, Kubernetes.
@@ -212,7 +214,7 @@ def _explain_abort() -> None:
     def on_abort(_: int) -> None:
         if _told_to_end.is_set():
             os._exit(0)  # all processes were told to end, and one of them was quicker
-        os.write(2, _PEER_MESSAGE)
+        os.write(2, _PEER_MESSAGE + b"(Or this one crashed: then the lines above say of what.)\n")
         os._exit(PEER_ENDED)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)

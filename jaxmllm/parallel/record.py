@@ -15,6 +15,8 @@ from jaxmllm.files import write_json
 
 SETTINGS = "run.json"
 MADE_BY = "versions.json"
+CUT = "cut.json"  # how a run's questions are cut
+BUSY = "another process is writing this run; wait for it, or take another folder"
 NOT_SHARED = (
     "{}: this process does not see what the first one wrote; give all processes a folder on a disk that they share, or "
     "a URL (gs://bucket/run)"

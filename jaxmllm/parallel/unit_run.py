@@ -8,7 +8,6 @@ the parts go. A kill between any two of these steps leaves a folder that the sam
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,15 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from jaxmllm.errors import InputError
-from jaxmllm.files import write_json
+from jaxmllm.files import lock, write_json
 from jaxmllm.parallel.job import Job
 from jaxmllm.parallel.parts import PARTS, Parts
-from jaxmllm.parallel.record import MADE_BY, NOT_SHARED, SETTINGS, check_same, note_versions, read_record
+from jaxmllm.parallel.record import (
+    BUSY,
+    CUT,
+    MADE_BY,
+    NOT_SHARED,
+    SETTINGS,
+    check_same,
+    note_versions,
+    read_record,
+)
 
-CUT = "cut.json"
 REPORT = ".report"
-LOCK = ".lock"
-KEPT = {SETTINGS, MADE_BY, CUT, PARTS, LOCK}
+KEPT = {SETTINGS, MADE_BY, CUT, PARTS}
 FINISHED = "finished"
 # Told, but without a say in the results: folders may move.
 SHOWN = (FINISHED, "model", "questions", "images", "data")
@@ -119,7 +125,7 @@ def open_unit_run(job: Job, settings: Mapping[str, Any]) -> Iterator[UnitRun]:
             yield run
         except BaseException:
             if is_new and not run.parts.done():
-                for name in (SETTINGS, MADE_BY, CUT, LOCK):
+                for name in (SETTINGS, MADE_BY, CUT):
                     (job.folder / name).unlink(missing_ok=True)
                 run.parts.remove()
                 job.mirror.push()
@@ -141,7 +147,7 @@ def _make(job: Job) -> bool:
         inside = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise InputError(f"{job.place}: cannot be written ({error.strerror})") from error
-    if inside - {LOCK} and SETTINGS not in inside:
+    if inside and SETTINGS not in inside:
         raise InputError(f"{job.place} exists already and is not empty; name a new folder")
     return SETTINGS not in inside
 
@@ -156,20 +162,10 @@ def _check(job: Job, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _locked(job: Job) -> Iterator[None]:
+    """Locks the folder itself while the block lasts."""
+    descriptor = os.open(job.folder, os.O_RDONLY)
     try:
-        descriptor = os.open(job.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"{job.place}: cannot be written ({error.strerror})") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{job.place}: another process is writing this run; wait for it, or take another folder"
-            ) from None
-        except OSError as error:
-            raise InputError(f"{job.place}: cannot be locked ({error.strerror}); take another file system") from error
+        lock(descriptor, job.place, BUSY)
         yield
-        (job.folder / LOCK).unlink(missing_ok=True)
     finally:
         os.close(descriptor)

@@ -2,12 +2,10 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 
-from jaxmllm import cli
 from jaxmllm.analysis.sharing.budget import Lengths, plan_sweep
 from jaxmllm.errors import InputError
 from jaxmllm.model import make_skeleton
@@ -19,6 +17,7 @@ from jaxmllm.planning.plan import JobPlan
 from jaxmllm.planning.sweeps import count_runs
 from tests.planning.cases import needs_compiler, published, tiny, written
 from tests.support.checkpoints import FIXTURES
+from tests.support.commands import run
 from tests.support.families import VARIANTS
 
 MESH = {"data": 2, "model": 2}
@@ -136,15 +135,6 @@ def test_meshes_that_chips_or_heads_do_not_make_are_refused(mesh):
     topology = "v5e:2x4" if mesh["model"] == 8 else "v5e:2x2"
     with pytest.raises(InputError, match="expected sizes whose product is"):
         plan_job(tiny(), Work("forward"), topology, mesh)
-
-
-def run(monkeypatch, *args) -> int:
-    """The exit code of a command."""
-    monkeypatch.setattr(sys, "argv", ["jaxmllm", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-        raise SystemExit(0)
-    return stop.value.code or 0
 
 
 @needs_compiler

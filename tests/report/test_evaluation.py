@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from jaxmllm.report.cards import CARD_WIDTH, _font, draw_card, references_text, verdict, wrap
 from jaxmllm.report.evaluation import pick_rows, write_report
 from tests.evaluation.cases import BATCH, MODEL, ask, make_row, write_scenes
-from tests.test_cli import run
+from tests.support.commands import run
 
 COUNT = 20
 EDITS = "blind:0-2"  # edits of one kind share programs; every evaluation here has one
