@@ -324,6 +324,61 @@ def plan(
 
 
 @app.command()
+def validate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, Orbax store, or org/name on the hub.")],
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Run PyTorch's side alone and keep it in this new folder, to compare with elsewhere."),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Compare with a folder that --save wrote; needs no torch.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Hugging Face folder that PyTorch loads, where MODEL is an Orbax store.")
+    ] = None,
+    logdir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.html, .md, .json and TensorBoard's files; by default one under runs/."),
+    ] = None,
+    phases: Annotated[
+        str | None, typer.Option(help="Some of the phases, with commas between them: tensors,vision,decoder.")
+    ] = None,
+    dtype: Dtype = "float32",
+    precision: Annotated[str, typer.Option(help="JAX's matmul precision: default, high or highest.")] = "highest",
+    streamed: Annotated[
+        bool | None,
+        typer.Option("--streamed/--whole", help="Hold one decoder layer at a time; by default where memory is short."),
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture to ask about besides the drawn ones; may be repeated.")
+    ] = None,
+    question: Annotated[list[str] | None, typer.Option(help="What is asked of it; one a picture.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are generated greedily.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawn pictures.")] = 0,
+) -> None:
+    """Proves, or refutes, that the port computes what PyTorch computes on a checkpoint, component by component.
+
+    Exit code 0: nothing departs by more than PyTorch's own noise; 1: something differs, and the report says what comes
+    first and why; 2: it could not be run. Needs jaxmllm[validate], or a recording (--reference).
+    """
+    from jaxmllm.commands.validation import Request, validate_and_report
+    from jaxmllm.validation.phases import PHASES, Settings
+
+    settings = Settings(
+        dtype=dtype,
+        precision=precision,
+        streamed=streamed,
+        phases=PHASES if phases is None else tuple(name.strip() for name in phases.split(",")),
+        images=tuple(image or ()),
+        questions=tuple(question or ()),
+        seed=seed,
+        new_tokens=new_tokens,
+        accelerators=save is not None,
+    )
+    raise typer.Exit(validate_and_report(Request(model, save, reference, against, logdir), settings))
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of a run of evaluate.")],
     second: Annotated[Path, typer.Argument(help="Folder of another run over the same benchmark.")],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import sys
 
 import jax
 
@@ -18,3 +21,12 @@ def default_budget() -> int:
     if stats and "bytes_limit" in stats:
         return int(0.9 * stats["bytes_limit"])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def trim() -> None:
+    """Gives memory that is free back to the system, where the C library keeps it."""
+    gc.collect()
+    if sys.platform == "linux":
+        release = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if release is not None:
+            release(0)

@@ -1,80 +1,65 @@
-"""Measures how far the port is from PyTorch on tiny random models of every family, and prints the table of the docs.
+"""Measures how far the port is from PyTorch in every family, and writes the tables of docs/parity.md.
 
-    python scripts/measure_parity.py
+    python scripts/measure_parity.py               # tiny models, half a minute a row
+    python scripts/measure_parity.py --large       # real proportions at about 300M parameters, minutes a row
+    python scripts/measure_parity.py --write       # puts the table into docs/parity.md, between its marks
 
-For each family all variants of the parity suite are compared in float32, with padding on both sides and several images
-a prompt, clean and under composed edits. A figure is the largest absolute difference over everything compared. Needs
-the test extra.
+Every figure comes from `jaxmllm validate`: the production run from the pixels on, against transformers in the same
+type; in brackets what PyTorch differs from itself by (a wider type, sums in another order). Needs the test extra.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import jax
-import numpy as np
-import torch
+import typer
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("image tokens", "residual stream", "attention", "logits", "logits under edits")
-LAYOUTS = ("unlike_lengths", "several_images")
+DOCUMENT = ROOT / "docs" / "parity.md"
+log = Console(stderr=True)
 
 
-def main() -> None:
+def main(
+    large: Annotated[bool, typer.Option("--large", help="About 300M parameters instead of tiny models.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the table into docs/parity.md.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Families; by default all.")] = None,
+) -> None:
     """Prints a Markdown table."""
     sys.path.insert(0, str(ROOT))
-    jax.config.update("jax_default_matmul_precision", "highest")
-    from tests.support import families, tiny
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from made_up_checkpoints import scaled_config
+    from made_up_checkpoints import write as write_checkpoint
 
-    print("| family | variants | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 2) + "|")
-    for name, family in sorted(families.FAMILIES.items()):
-        worst = dict.fromkeys(COLUMNS, 0.0)
-        for seed, variant in enumerate(family.VARIANTS):
-            with tempfile.TemporaryDirectory() as folder:
-                pair = tiny.make_pair(variant, Path(folder), seed)
-                for column, gap in differences(pair).items():
-                    worst[column] = max(worst[column], gap)
-        print(f"| `{name}` | {len(family.VARIANTS)} | " + " | ".join(f"{gap:.1e}" for gap in worst.values()) + " |")
+    from jaxmllm.validation import Settings, validate
+    from tests.support import families, parity, tiny
 
-
-def differences(pair: Any) -> dict[str, float]:
-    """The largest difference of one checkpoint, by column."""
-    from jaxmllm import Capture
-    from jaxmllm.analysis import blind_image, compose, erase_image, knockout
-    from tests.support import reference, tiny
-
-    kept = Capture.attention("all", "all", "each") | Capture.residual("resid_post")
-    edits = compose(erase_image(3), blind_image(1), knockout(0))
-    found = dict.fromkeys(COLUMNS, 0.0)
-
-    def note(column: str, got: np.ndarray, expected: np.ndarray) -> None:
-        found[column] = max(found[column], float(np.abs(got - expected).max()))
-
-    for layout in LAYOUTS:
-        for side in ("left", "right"):
-            inputs = tiny.make_inputs(pair, tiny.LAYOUTS[layout], side)
-            valid = inputs["attention_mask"].astype(bool)
-            pairs = valid[:, :, None] & valid[:, None, :]
-            expected = reference.run(pair, inputs)
-            out = pair.jax.forward(pair.jax.params, inputs, capture=kept)
-            states, weights = (np.asarray(out.captured[site]) for site in ("resid_post", "attn_probs"))
-            note("residual stream", states[:, valid], expected.resid_post[:, valid])
-            note("attention", np.moveaxis(weights, 2, -1)[:, pairs], np.moveaxis(expected.attention, 2, -1)[:, pairs])
-            note("logits", np.asarray(out.logits)[valid], expected.logits[valid])
-            image, question, _ = tiny.roles(pair, inputs)
-            hooks = [reference.erase([3], image), reference.blind([1], image), reference.knockout([0], question, image)]
-            edited = pair.jax.forward(pair.jax.params, inputs, edits=edits).logits
-            note("logits under edits", np.asarray(edited)[valid], reference.run(pair, inputs, *hooks).logits[valid])
-            with torch.no_grad():
-                features = [image.numpy() for image in pair.family.features(pair.torch, reference.tensors(inputs))]
-            for got, wanted in zip(np.asarray(pair.jax.encode_images(pair.jax.params, inputs)), features, strict=True):
-                note("image tokens", got[: len(wanted)], wanted)
-    return found
+    rows = []
+    for family in only or sorted(families.FAMILIES):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / family
+            if large:
+                log.print(f"{family}: {write_checkpoint(folder, scaled_config(family)):,} parameters", highlight=False)
+            else:
+                tiny.make_torch(tiny.config_fields(next(iter(families.FAMILIES[family].VARIANTS)))).save_pretrained(
+                    folder
+                )
+            for dtype in parity.DTYPES:
+                report = validate(folder, settings=Settings(dtype=dtype, phases=parity.PHASES))
+                log.print(f"{family}, {dtype}: {report.verdict}, {len(report.samples)} comparisons", highlight=False)
+                rows.append((family, dtype, parity.figures(report)))
+    found = parity.table(rows)
+    print(found)
+    if write:
+        mark = "large" if large else "tiny"
+        text = DOCUMENT.read_text()
+        parts = re.split(rf"(<!-- {mark} -->\n|<!-- end of {mark} -->)", text)
+        DOCUMENT.write_text("".join([*parts[:2], found + "\n", *parts[3:]]))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

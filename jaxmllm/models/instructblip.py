@@ -199,9 +199,14 @@ class InstructBlip(nnx.Module):
         self, arrays: dict[str, Array], nudge: Float[Array, "C I H N T"] | None = None
     ) -> Float[Array, "I N D"]:
         """Image tokens as the decoder receives them, one a query token; ``nudge`` as ``QFormer`` takes it."""
-        states = self.vision(arrays["pixel_values"])
-        queries = self.qformer(states, arrays["qformer_input_ids"], arrays["qformer_attention_mask"], nudge)
-        return self.projection(queries)
+        return self.connect(self.vision(arrays["pixel_values"]), arrays, nudge)
+
+    def connect(
+        self, features: Float[Array, "I T F"], arrays: dict[str, Array], nudge: Float[Array, "C I H N T"] | None = None
+    ) -> Float[Array, "I N D"]:
+        """The connector: Q-Former and projection."""
+        words = arrays["qformer_input_ids"], arrays["qformer_attention_mask"]
+        return self.projection(self.qformer(features, *words, nudge))
 
     def looks(self, arrays: dict[str, Array], nth: int | None = None) -> Float[Array, "I N P"]:
         """How much each query token looked at each patch; what is missing to 1 went to the class token.

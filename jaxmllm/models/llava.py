@@ -170,6 +170,10 @@ class Llava(nnx.Module):
         features = self.vision(pixel_values)
         return features if self.config.keep_class_token else features[:, 1:]
 
+    def connect(self, features: Float[Array, "I N F"]) -> Float[Array, "I N D"]:
+        """The connector: from vision features to the decoder's width."""
+        return self.projector(features)
+
     def encode_images(self, arrays: dict[str, Array]) -> Float[Array, "I N D"]:
         """Image tokens as the decoder receives them."""
-        return self.projector(self.vision_features(arrays["pixel_values"]))
+        return self.connect(self.vision_features(arrays["pixel_values"]))

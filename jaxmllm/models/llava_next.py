@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmllm.errors import ConfigError, InputError
 from jaxmllm.models.anyres import Size, Tiling, best_resolution, fitted_size, tiling
@@ -233,7 +233,11 @@ class LlavaNext(Llava):
         """Image tokens as the decoder receives them; those past an image's own number are newlines."""
         pixels = arrays["pixel_values"]
         images, tiles = pixels.shape[:2]
-        features = self.projector(self.vision_features(pixels.reshape(images * tiles, *pixels.shape[2:])))
-        newline = jnp.broadcast_to(self.newline[...].astype(features.dtype), (images, 1, features.shape[-1]))
-        rows = jnp.concatenate([newline, features.reshape(images, -1, features.shape[-1])], axis=1)
-        return jnp.take_along_axis(rows, arrays["order"][..., None], axis=1)
+        connected = self.connect(self.vision_features(pixels.reshape(images * tiles, *pixels.shape[2:])))
+        return self.arrange(connected.reshape(images, -1, connected.shape[-1]), arrays["order"])
+
+    def arrange(self, connected: Float[Array, "I P D"], order: Int[Array, "I N"]) -> Float[Array, "I N D"]:
+        """Patches of all pictures of an image, and newlines, in the order of its tokens."""
+        newline = jnp.broadcast_to(self.newline[...].astype(connected.dtype), (len(connected), 1, connected.shape[-1]))
+        rows = jnp.concatenate([newline, connected], axis=1)
+        return jnp.take_along_axis(rows, order[..., None], axis=1)

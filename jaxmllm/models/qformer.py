@@ -220,26 +220,37 @@ class QFormer(nnx.Module):
         self, source: Array, input_ids: Array, attention_mask: Array, nudge: Array | None = None
     ) -> tuple[Float[Array, "I N D"], Float[Array, "L I N D"]]:
         """The query tokens after the last layer, and in every layer as they enter the place of cross-attention."""
-        bias, every = self.bias(attention_mask), self.config.cross_attention_frequency
+        bias = self.bias(attention_mask)
         layer_def, layers = nnx.split(self.layers)
-        cross_def, cross = nnx.split(self.cross)
 
         def step(hidden: tuple[Array, Array], layer: tuple[Array, Any]) -> tuple[tuple[Array, Array], Array]:
             number, params = layer
             asking: list[Array] = []
 
-            def attend(queries: Array) -> Array:
-                here = jax.tree.map(lambda leaf: leaf[number // every], cross)
-                added = 0.0 if nudge is None else nudge[number // every]
-                return nnx.merge(cross_def, here)(queries, source, nudge=added)
-
             def look(queries: Array) -> Array:
                 asking.append(queries)
-                return jax.lax.cond(number % every == 0, attend, lambda queries: queries, queries)
+                return self.look(number, queries, source, nudge)
 
-            hidden = nnx.merge(layer_def, params)(*hidden, bias, look)
-            return hidden, asking[0]
+            return nnx.merge(layer_def, params)(*hidden, bias, look), asking[0]
 
         numbers = jnp.arange(self.config.num_layers)
         (queries, _), asking = jax.lax.scan(step, self.embed(input_ids), (numbers, layers))
         return queries, asking
+
+    def look(
+        self,
+        number: Int[Array, ""],
+        queries: Float[Array, "I N D"],
+        source: Float[Array, "I T F"],
+        nudge: Float[Array, "C I H N T"] | None = None,
+    ) -> Float[Array, "I N D"]:
+        """The query tokens after a layer's cross-attention; as they were where the layer has none."""
+        every = self.config.cross_attention_frequency
+        cross_def, cross = nnx.split(self.cross)
+
+        def attend(queries: Array) -> Array:
+            here = jax.tree.map(lambda leaf: leaf[number // every], cross)
+            added = 0.0 if nudge is None else nudge[number // every]
+            return nnx.merge(cross_def, here)(queries, source, nudge=added)
+
+        return jax.lax.cond(number % every == 0, attend, lambda queries: queries, queries)

@@ -323,19 +323,28 @@ class QwenVisionTower(nnx.Module):
 
     def __call__(self, arrays: dict[str, Array]) -> Float[Array, "I N out"]:
         """Image tokens of laid out patches (``patches``, ``places``, ``real`` and, with windows, ``order``)."""
-        config, real = self.config, arrays["real"]
-        rope = self.rope(arrays["places"])
+        rope, real = self.rope(arrays["places"]), arrays["real"]
         graphdef, params = nnx.split(self.layers)
-        whole = np.isin(np.arange(config.num_layers), config.full_layers)
 
         def step(hidden: Array, layer: tuple) -> tuple[Array, None]:
             layer_params, layer_whole = layer
             return nnx.merge(graphdef, layer_params)(hidden, rope, real, layer_whole), None
 
-        hidden = self.patch_embed(arrays["patches"].astype(self.dtype))
         # Recomputed in the backward pass, a layer need not store its attention weights; forward is unaffected.
-        hidden, _ = jax.lax.scan(jax.checkpoint(step), hidden, (params, jnp.asarray(whole)))
-        groups = hidden.reshape(hidden.shape[0], -1, config.merge**2, config.hidden_size)
+        hidden, _ = jax.lax.scan(jax.checkpoint(step), self.embed(arrays), (params, self.see_whole()))
+        return self.merge(hidden, arrays)
+
+    def see_whole(self) -> Bool[Array, " layers"]:
+        """Which layers attend to the whole image although there are windows."""
+        return jnp.asarray(np.isin(np.arange(self.config.num_layers), self.config.full_layers))
+
+    def embed(self, arrays: dict[str, Array]) -> Float[Array, "I M D"]:
+        """What enters the first layer."""
+        return self.patch_embed(arrays["patches"].astype(self.dtype))
+
+    def merge(self, hidden: Float[Array, "I M D"], arrays: dict[str, Array]) -> Float[Array, "I N out"]:
+        """Image tokens of the patches after the last layer."""
+        groups = hidden.reshape(hidden.shape[0], -1, self.config.merge**2, self.config.hidden_size)
         if "order" in arrays:
             groups = jnp.take_along_axis(groups, arrays["order"][..., None, None], axis=1)
         return self.merger(groups)

@@ -62,6 +62,6 @@ class VipLlava(Llava):
         width = config.vision.hidden_size * len(config.feature_layers)
         self.projector_norm = build.layer_norm(width, config.projector_norm_eps)
 
-    def encode_images(self, arrays: dict[str, Array]) -> Float[Array, "I N D"]:
-        """Image tokens as the decoder receives them."""
-        return self.projector(self.projector_norm(self.vision_features(arrays["pixel_values"])))
+    def connect(self, features: Float[Array, "I N F"]) -> Float[Array, "I N D"]:
+        """The connector: from vision features to the decoder's width."""
+        return self.projector(self.projector_norm(features))

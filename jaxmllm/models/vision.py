@@ -72,13 +72,17 @@ class VisionTower(nnx.Module):
         self.pre_norm = build.layer_norm(width, config.layer_norm_eps)
         self.layers = build.stack(self.depth, lambda build: VisionLayer(config, build))
 
-    def __call__(self, pixel_values: Float[Array, "I C Y X"]) -> Float[Array, "I S F"]:
-        """Outputs of the feature layers side by side along the width; S = 1 + patches, the class token first."""
+    def embed(self, pixel_values: Float[Array, "I C Y X"]) -> Float[Array, "I S D"]:
+        """What enters the first layer; S = 1 + patches, the class token first."""
         images = pixel_values.shape[0]
         patches = self.patch_embed(patchify(pixel_values.astype(self.dtype), self.config.patch_size))
         first = jnp.broadcast_to(self.class_embed[...].astype(self.dtype), (images, 1, patches.shape[-1]))
         hidden = jnp.concatenate([first, patches], axis=1) + self.position_embed[...].astype(self.dtype)
-        hidden = self.pre_norm(hidden)
+        return self.pre_norm(hidden)
+
+    def __call__(self, pixel_values: Float[Array, "I C Y X"]) -> Float[Array, "I S F"]:
+        """Outputs of the feature layers side by side along the width."""
+        hidden = self.embed(pixel_values)
         graphdef, params = nnx.split(self.layers)
 
         # Only the layers that are read are carried along, so memory does not grow with depth.

@@ -1,0 +1,1 @@
+"""A validation for eyes: on the console, as a page, as Markdown and in TensorBoard."""
