@@ -168,4 +168,4 @@ def _agreement(got: np.ndarray, expected: np.ndarray, mask: np.ndarray, noise: f
 
 def _sample(got: np.ndarray, expected: np.ndarray, mask: np.ndarray) -> np.ndarray:
     gaps = np.abs(np.asarray(got)[mask].astype(np.float64) - np.asarray(expected)[mask].astype(np.float64)).ravel()
-    return gaps[:: max(1, len(gaps) // SAMPLE)][:SAMPLE]
+    return gaps[:: max(1, len(gaps) // SAMPLE)][:SAMPLE].copy()  # a view would keep all of them

@@ -74,6 +74,8 @@ def test_a_sound_port_passes(variant, tmp_path):
         for site in ("attn_in", "attn_probs", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"):
             assert {(f"decoder.{layer}.{site}", kind) for kind in ("own", "run")} <= compared
     assert all(each.floor.of for phase in report.phases for each in phase.comparisons)
+    # samples hold no more than themselves, whatever they were taken of
+    assert all(sample.base is None and len(sample) <= 512 for sample in report.samples.values())
 
 
 @pytest.mark.slow
