@@ -359,7 +359,7 @@ def validate(
     """Proves, or refutes, that the port computes what PyTorch computes on a checkpoint, component by component.
 
     Exit code 0: nothing departs by more than PyTorch's own noise; 1: something differs, and the report says what comes
-    first and why; 2: it could not be run. Needs jaxmllm[validate], or a recording (--reference).
+    first and why; 2: it could not be run. Needs PyTorch (the extra "validate"), or a recording (--reference).
     """
     from jaxmllm.commands.validation import Request, validate_and_report
     from jaxmllm.validation.phases import PHASES, Settings
