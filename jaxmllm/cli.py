@@ -301,7 +301,7 @@ def plan(
 ) -> None:
     """Says whether a job fits TPUs that are not there, and what it should cost, by the real compiler.
 
-    Needs no TPU and no weights, but the TPU compiler: install jaxmllm[tpu-plan].
+    Needs no TPU and no weights, but the TPU compiler: the extra "tpu-plan".
     """
     from jaxmllm.commands.planning import plan_and_report, read_size
     from jaxmllm.planning.work import Work

@@ -52,10 +52,7 @@ def nothing_departs(report):
 
 @pytest.mark.parametrize(
     "variant",
-    [
-        pytest.param(name, marks=() if name == "grouped_queries" else pytest.mark.slow)
-        for name in tiny.VARIANTS
-    ],
+    [pytest.param(name, marks=() if name == "grouped_queries" else pytest.mark.slow) for name in tiny.VARIANTS],
 )
 def test_a_sound_port_passes(variant, tmp_path):
     report = validate(saved(variant, tmp_path / "model"), settings=Settings(phases=QUICK))
