@@ -21,6 +21,7 @@ HEAD = 34  # pixels above the cells, for parts and layers
 CURVE_HEIGHT = 310
 MARGIN = 56  # pixels left of a curve
 FOOT = 92  # pixels below it, for names
+LABEL_HEIGHT = 12
 _WAY = ("vision.embed", "vision.features", "qformer.embed", "connector", "embedding", "final_norm", "logits")
 LEAST = 1e-12  # differences below it, and exact ones, are drawn as this
 
@@ -82,11 +83,13 @@ def depth_curve(report: Report) -> str:
         y = y_of(10.0**decade)
         lines.append(f'<path class="grid" d="M{MARGIN} {y:.1f}H{right}"/><text x="8" y="{y + 4:.1f}">1e{decade}</text>')
     lines += _depth_labels(points, x_of, bottom)
+    ends = []
     for name, css, values in series:
         lines += _line(values, css, x_of, y_of)
         end = next((value for value in reversed(values) if value is not None), None)
         if end is not None:
-            lines.append(f'<text x="{right + 6}" y="{y_of(end) + 4:.1f}">{escape(name)}</text>')
+            ends.append((y_of(end) + 4, name))
+    lines += _names_at_ends(ends, right + 6)
     for place, each in enumerate(points):
         for name, css, value in _SERIES[:2]:
             if (height := value(report, each)) is not None:
@@ -148,6 +151,15 @@ def _line(
     """A line through what is known."""
     found = [f"{x_of(place):.1f} {y_of(value):.1f}" for place, value in enumerate(values) if value is not None]
     return [f'<path class="curve {css}" d="M{"L".join(found)}"/>'] if len(found) > 1 else []
+
+
+def _names_at_ends(ends: Sequence[tuple[float | int, str]], x: float | int) -> list[str]:
+    """Names of curves beside where they end ``(y, name)``, each below the one before by a line at least."""
+    lines, lowest = [], -math.inf
+    for y, name in sorted(ends):
+        lowest = max(y, lowest + LABEL_HEIGHT)
+        lines.append(f'<text x="{x}" y="{lowest:.1f}">{escape(name)}</text>')
+    return lines
 
 
 def _depth_labels(points: Sequence[Comparison], x_of: Callable[[int], float | int], bottom: float | int) -> list[str]:
