@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import jaxmllm
 from jaxmllm.errors import InputError
 from jaxmllm.model import convert_checkpoint, export_checkpoint
-from jaxmllm.validation import PHASES, Settings, compare, record, run, validate
+from jaxmllm.validation import PHASES, Settings, compare, components, record, run, validate
 from jaxmllm.validation.phases import BEHAVIOUR_PHASES, COMPONENT_PHASES
 from jaxmllm.validation.port import decoder
 from jaxmllm.validation.port.model import from_folder
@@ -312,6 +312,21 @@ def test_a_damaged_recording_is_named(folder, recording, tmp_path):
     name.write_bytes(name.read_bytes()[: name.stat().st_size // 2])
     with pytest.raises(InputError, match=rf"{name.name}.*cannot be read"):
         validate(folder, reference=broken, settings=Settings(phases=("tensors",)))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["next_llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ONE_OF_EACH)],
+)
+def test_of_large_arrays_rows_are_kept_and_what_the_port_starts_from_whole(variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(components, "MOST_VALUES", 200)
+    monkeypatch.setattr(components, "ALL_ROWS", 8)
+    monkeypatch.setattr(components, "SOME_ROWS", 6)
+    folder = saved(variant, tmp_path / "model")
+    recorded = record(folder, tmp_path / "reference", settings=Settings(phases=COMPONENT_PHASES))
+    cut = [name for name in recorded.names() if recorded.rows(name) is not None]
+    assert {"vision.0.mlp_out", "decoder.0.attn_probs", "decoder.1.keys", "logits"} <= set(cut)
+    nothing_departs(validate(folder, reference=recorded.folder, settings=Settings(phases=COMPONENT_PHASES)))
 
 
 def test_every_position_is_compared_in_long_prompts(model, recording):

@@ -92,7 +92,7 @@ def production_run(port: Port, arrays: Mapping[str, Any], rows: Rows) -> tuple[d
     inputs = port.model.as_inputs(arrays)
     at: Any = "all"
     if rows is not None:
-        at = np.broadcast_to(np.asarray(rows), (inputs.input_ids.shape[0], len(rows)))
+        at = jnp.broadcast_to(jnp.asarray(rows), (inputs.input_ids.shape[0], len(rows)))
     out = port.model.forward(port.model.params, inputs, capture=capture_of(rows), logits_at=at)
     return {site: np.asarray(value, np.float32) for site, value in out.captured.items()}, np.asarray(out.logits)
 

@@ -39,7 +39,7 @@ Again = Callable[[str], tuple[Any, Sites]]
 Seen = Callable[["Step", Sites, Again], None]
 
 # Components that the port starts from.
-STARTS = ("vision.embed", "vision.features", "connector", "embedding")
+STARTS = ("vision.embed", "vision.features", "connector", "image_tokens", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,9 @@ def record_components(
       on_progress: is called with the watched parts that are done and how many there are.
     """
     steps = list(_steps(reference, recorder.inputs))
-    last = f"decoder.{len(reference.anatomy.layers) - 1}.resid_post"
+    anatomy = reference.anatomy
+    depths = {"vision": anatomy.used_blocks, "qformer": len(anatomy.qformer_layers), "decoder": len(anatomy.layers)}
+    starts = {*STARTS, *(f"{part}.{depth - 1}.resid_post" for part, depth in depths.items())}
     wide, *others = ways
     total, done = (2 + len(others)) * len(steps), 0
     tables: Tables = {}
@@ -92,7 +94,7 @@ def record_components(
 
     def record(step: Step, sites: Sites, again: Again) -> None:
         for name, tensor in sites.items():
-            whole = name in STARTS or name.endswith("resid_pre") or name == last
+            whole = name in starts or name.endswith("resid_pre")
             recorder.add(name, _array(tensor), whole=whole)
         for way in ways:
             output, again_seen = again(way)
