@@ -49,6 +49,8 @@ def validate_and_report(request: Request, settings: Settings) -> int:
         raise InputError("--save only records PyTorch's side; leave out --reference and --logdir")
     if request.reference is not None and request.against is not None:
         raise InputError("--reference and --against both name what to compare with; give one of them")
+    if request.logdir is not None and request.logdir.exists() and not request.logdir.is_dir():
+        raise InputError(f"{request.logdir}: is not a folder; name another one for the reports with --logdir")
     try:
         with console.status("starting") as status:
             if request.save is not None:
@@ -77,7 +79,10 @@ def validate_and_report(request: Request, settings: Settings) -> int:
         return 0
     name = Path(request.model).name
     logdir = request.logdir or Path("runs") / time.strftime(f"validate-{name}-%Y%m%d-%H%M%S")
-    logdir.mkdir(parents=True, exist_ok=True)
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # which must not end in the exit code of a port that differs
+        raise InputError(f"{logdir}: cannot be made ({error.strerror}); name another folder with --logdir") from error
     write_json(logdir / "report.json", report.to_json())
     write_text(logdir / "report.html", html.page(report))
     write_text(logdir / "report.md", markdown.page(report))

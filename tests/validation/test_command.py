@@ -73,6 +73,15 @@ def test_what_cannot_be_run(folder, arguments, message, tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_no_verdict(folder, reference, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    arguments = ("--reference", reference, "--phases", "tensors")
+    for logdir, message in ((file, "is not a folder"), (file / "below", "cannot be made")):
+        assert commands.run(monkeypatch, "validate", folder, *arguments, "--logdir", logdir) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_bug_of_our_own_is_no_verdict(folder, reference, tmp_path, monkeypatch, capsys):
     from jaxmllm.validation import run
 
